@@ -1,0 +1,39 @@
+"""LLM Boost: fast LLM inference on CPUs.
+
+>>> from llm_boost import LLM, SamplingParams
+>>> llm = LLM(model="path/to/model", dtype="int8")
+>>> outputs = llm.generate(["Hello"], SamplingParams(max_tokens=16))
+"""
+
+from __future__ import annotations
+
+from importlib.metadata import PackageNotFoundError, version
+from typing import TYPE_CHECKING, Any
+
+if TYPE_CHECKING:
+    from llm_boost.engine.llm import LLM
+    from llm_boost.engine.outputs import CompletionOutput, RequestOutput
+    from llm_boost.engine.sampling_params import SamplingParams
+
+__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+
+try:
+    __version__ = version("llm-boost")
+except PackageNotFoundError:  # a source tree that was never installed
+    __version__ = "0+unknown"
+
+_LAZY = {
+    "LLM": "llm_boost.engine.llm",
+    "SamplingParams": "llm_boost.engine.sampling_params",
+    "RequestOutput": "llm_boost.engine.outputs",
+    "CompletionOutput": "llm_boost.engine.outputs",
+}
+
+
+def __getattr__(name: str) -> Any:
+    # Imported when used, so that `llm-boost --help` costs neither numpy nor the native module.
+    if name in _LAZY:
+        from importlib import import_module
+
+        return getattr(import_module(_LAZY[name]), name)
+    raise AttributeError(f"module 'llm_boost' has no attribute {name!r}")
