@@ -25,9 +25,9 @@ constexpr int kStepBytes = 64;  // kBlockRows rows of 4 bytes
 constexpr int kGroup = 32;      // columns that share a scale, in weights and in activations
 constexpr int kGroupSteps = kGroup / 4;
 
-constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
+static constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
-constexpr size_t padded_cols(Format f, size_t cols) {
+static constexpr size_t padded_cols(Format f, size_t cols) {
   switch (f) {
     case Format::kF32: return cols;
     case Format::kBF16: return round_up(cols, 2);
@@ -36,24 +36,24 @@ constexpr size_t padded_cols(Format f, size_t cols) {
 }
 
 // Steps of 4 activation bytes along k.
-constexpr size_t steps(Format f, size_t cols) {
+static constexpr size_t steps(Format f, size_t cols) {
   const size_t k = padded_cols(f, cols);
   return f == Format::kF32 ? k : f == Format::kBF16 ? k / 2 : k / 4;
 }
 
-constexpr bool is_quantized(Format f) { return f == Format::kInt8 || f == Format::kInt4; }
+static constexpr bool is_quantized(Format f) { return f == Format::kInt8 || f == Format::kInt4; }
 
 // Bytes before the quants of a block: row scales and scale codes.
-constexpr size_t header_bytes(Format f, size_t cols) {
+static constexpr size_t header_bytes(Format f, size_t cols) {
   return is_quantized(f) ? 64 + round_up(padded_cols(f, cols) / kGroup * kBlockRows, 64) : 0;
 }
 
-constexpr size_t block_bytes(Format f, size_t cols) {
+static constexpr size_t block_bytes(Format f, size_t cols) {
   const size_t quants = steps(f, cols) * kStepBytes;
   return header_bytes(f, cols) + (f == Format::kInt4 ? quants / 2 : quants);
 }
 
-constexpr size_t matrix_bytes(Format f, size_t rows, size_t cols) {
+static constexpr size_t matrix_bytes(Format f, size_t rows, size_t cols) {
   return round_up(rows, kBlockRows) / kBlockRows * block_bytes(f, cols);
 }
 

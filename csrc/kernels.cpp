@@ -1,0 +1,538 @@
+// The kernels, compiled once an instruction set (see CMakeLists.txt). The slow obvious reference of each is in
+// tests/native/.
+#include "kernels.h"
+
+#include "simd.h"
+
+namespace llmb {
+namespace LLMB_ISA {
+namespace {
+
+// ---- tiles of the matrix product -----------------------------------------------------------------------------
+//
+// acc[M][kChunkRows] += a[M rows of a panel] * w[NB blocks of 16 rows]. Every accumulation runs along k in one fixed
+// order whatever M and NB are, so a token's result does not depend on what else is in its batch.
+
+struct TileArgs {
+  const uint8_t* w[kChunkBlocks];      // values at the first step
+  const uint8_t* codes[kChunkBlocks];  // scale codes at the first group
+  const uint8_t* a;                    // first row of the tile at the first step
+  const float* scales;                 // of a, at the first group
+  const int32_t* offsets;
+  size_t stride;  // rows of the panel
+  size_t count;   // steps, or groups for int8 and int4
+};
+
+template <Format F>
+static inline VF dot(VF acc, VI w, VI a) {
+  if constexpr (F == Format::kF32) return fma(as_float(w), as_float(a), acc);
+  return dot_bf16(acc, w, a);
+}
+
+template <Format F, int M, int NB>
+void tile_float(const TileArgs& t, float* acc) {
+  constexpr int N = NB * kParts;
+  VF c[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) c[m][v] = load(acc + m * kChunkRows + v * kLanes);
+  for (size_t s = 0; s < t.count; ++s) {
+    VI w[N];
+    for (int v = 0; v < N; ++v)
+      w[v] = load_bytes(t.w[v / kParts] + s * kStepBytes + (v % kParts) * kVectorBytes);
+    const uint8_t* a = t.a + s * t.stride * 4;
+    for (int m = 0; m < M; ++m) {
+      const VI x = broadcast4(a + m * 4);
+      for (int v = 0; v < N; ++v) c[m][v] = dot<F>(c[m][v], w[v], x);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) store(acc + m * kChunkRows + v * kLanes, c[m][v]);
+}
+
+template <Format F, int M, int NB>
+void tile_int(const TileArgs& t, float* acc) {
+  constexpr int N = NB * kParts;
+  const Nibbles nibbles(kInt4Codebook);
+  VF f[M][N];
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) f[m][v] = load(acc + m * kChunkRows + v * kLanes);
+  for (size_t g = 0; g < t.count; ++g) {
+    VI c[M][N];
+    for (int m = 0; m < M; ++m) {
+      const VI start = iset1(kUnsignedWeights ? t.offsets[g * t.stride + m] : 0);
+      for (int v = 0; v < N; ++v) c[m][v] = start;
+    }
+    const uint8_t* a = t.a + g * kGroupSteps * t.stride * 4;
+    if constexpr (F == Format::kInt8) {
+      for (int s = 0; s < kGroupSteps; ++s) {
+        VI w[N];
+        for (int v = 0; v < N; ++v)
+          w[v] = load_bytes(t.w[v / kParts] + (g * kGroupSteps + s) * kStepBytes + (v % kParts) * kVectorBytes);
+        for (int m = 0; m < M; ++m) {
+          const VI x = broadcast4(a + (s * t.stride + m) * 4);
+          for (int v = 0; v < N; ++v) c[m][v] = dot_int8(c[m][v], w[v], x);
+        }
+      }
+    } else {
+      for (int s = 0; s < kGroupSteps / 2; ++s) {
+        VI low[N], high[N];
+        for (int v = 0; v < N; ++v) {
+          const VI x = load_bytes(t.w[v / kParts] + (g * kGroupSteps / 2 + s) * kStepBytes + (v % kParts) * kVectorBytes);
+          low[v] = nibbles.low(x);
+          high[v] = nibbles.high(x);
+        }
+        for (int m = 0; m < M; ++m) {
+          const VI x = broadcast4(a + (2 * s * t.stride + m) * 4);
+          const VI y = broadcast4(a + ((2 * s + 1) * t.stride + m) * 4);
+          for (int v = 0; v < N; ++v) c[m][v] = dot_int8(dot_int8(c[m][v], low[v], x), high[v], y);
+        }
+      }
+    }
+    for (int v = 0; v < N; ++v) {
+      const VF code = load_u8(t.codes[v / kParts] + g * kBlockRows + (v % kParts) * kLanes);
+      for (int m = 0; m < M; ++m)
+        f[m][v] = fma(to_float(c[m][v]), mul(code, set1(t.scales[g * t.stride + m])), f[m][v]);
+    }
+  }
+  for (int m = 0; m < M; ++m)
+    for (int v = 0; v < N; ++v) store(acc + m * kChunkRows + v * kLanes, f[m][v]);
+}
+
+template <Format F, int M, int NB>
+inline void tile(const TileArgs& t, float* acc) {
+  if constexpr (F == Format::kInt8 || F == Format::kInt4)
+    tile_int<F, M, NB>(t, acc);
+  else
+    tile_float<F, M, NB>(t, acc);
+}
+
+template <Format F, int NB>
+void tile_rows(const TileArgs& t, int rows, float* acc) {
+  static_assert(kTileRows == 6 || kTileRows == 2);
+  switch (rows) {
+    case 1: return tile<F, 1, NB>(t, acc);
+    case 2: return tile<F, 2, NB>(t, acc);
+  }
+  if constexpr (kTileRows > 2) {
+    switch (rows) {
+      case 3: return tile<F, 3, NB>(t, acc);
+      case 4: return tile<F, 4, NB>(t, acc);
+      case 5: return tile<F, 5, NB>(t, acc);
+      case 6: return tile<F, 6, NB>(t, acc);
+    }
+  }
+}
+
+// Any number of rows of one panel times up to kChunkBlocks blocks.
+template <Format F>
+void panel(TileArgs t, int rows, int blocks, float* acc) {
+  const uint8_t* const a = t.a;
+  const float* const scales = t.scales;
+  const int32_t* const offsets = t.offsets;
+  for (int b = 0; b < blocks;) {
+    const int nb = blocks - b >= kTileBlocks ? kTileBlocks : 1;
+    for (int m = 0; m < rows; m += kTileRows) {
+      const int n = rows - m < kTileRows ? rows - m : kTileRows;
+      t.a = a + m * 4;
+      t.scales = scales + m;
+      t.offsets = offsets + m;
+      float* out = acc + m * kChunkRows + b * kBlockRows;
+      if (nb == kTileBlocks)
+        tile_rows<F, kTileBlocks>(t, n, out);
+      else
+        tile_rows<F, 1>(t, n, out);
+    }
+    for (int i = 0; i + nb < kChunkBlocks; ++i) {
+      t.w[i] = t.w[i + nb];
+      t.codes[i] = t.codes[i + nb];
+    }
+    b += nb;
+  }
+}
+
+void panel_of(Format f, const TileArgs& t, int rows, int blocks, float* acc) {
+  switch (f) {
+    case Format::kF32: return panel<Format::kF32>(t, rows, blocks, acc);
+    case Format::kBF16: return panel<Format::kBF16>(t, rows, blocks, acc);
+    case Format::kInt8: return panel<Format::kInt8>(t, rows, blocks, acc);
+    case Format::kInt4: return panel<Format::kInt4>(t, rows, blocks, acc);
+  }
+}
+
+// ---- linear --------------------------------------------------------------------------------------------------
+
+// Steps of int4 become steps of int8: for a batch it is cheaper to look each nibble up once.
+void expand_int4(const uint8_t* in, size_t num_steps, uint8_t* out) {
+  const Nibbles nibbles(kInt4Codebook);
+  for (size_t s = 0; s < num_steps / 2; ++s)
+    for (int p = 0; p < kParts; ++p) {
+      const VI x = load_bytes(in + s * kStepBytes + p * kVectorBytes);
+      store_bytes(out + 2 * s * kStepBytes + p * kVectorBytes, nibbles.low(x));
+      store_bytes(out + (2 * s + 1) * kStepBytes + p * kVectorBytes, nibbles.high(x));
+    }
+}
+
+// One row's 16 sums of a block, scaled and with the bias.
+struct Finish {
+  const LinearArgs& args;
+  size_t block_stride;
+
+  void block(const float* acc, size_t block, VF out[kParts]) const {
+    const uint8_t* data = args.weight.data + block * block_stride;
+    for (int p = 0; p < kParts; ++p) {
+      VF v = load(acc + p * kLanes);
+      if (is_quantized(args.weight.format)) v = mul(v, load(reinterpret_cast<const float*>(data) + p * kLanes));
+      if (args.bias) v = add(v, load(args.bias + block * kBlockRows + p * kLanes));
+      out[p] = v;
+    }
+  }
+};
+
+// Writes 16 values to out[col...], fewer where the matrix ends.
+void write_block(const VF v[kParts], float* out, size_t col, size_t cols, bool accumulate) {
+  if (col + kBlockRows <= cols) {
+    for (int p = 0; p < kParts; ++p) {
+      float* to = out + col + p * kLanes;
+      store(to, accumulate ? add(load(to), v[p]) : v[p]);
+    }
+    return;
+  }
+  float last[kBlockRows];
+  for (int p = 0; p < kParts; ++p) store(last + p * kLanes, v[p]);
+  for (size_t i = 0; col + i < cols; ++i) out[col + i] = accumulate ? out[col + i] + last[i] : last[i];
+}
+
+void finish_rows(const LinearArgs& args, size_t row, size_t rows, size_t block, size_t blocks, const float* acc) {
+  const Finish finish{args, block_bytes(args.weight.format, args.weight.cols)};
+  for (size_t r = 0; r < rows; ++r, acc += kChunkRows) {
+    float* out = args.out + (row + r) * args.out_stride;
+    VF v[kParts];
+    if (args.epilogue == Epilogue::kSiluMul) {
+      for (size_t b = 0; b + 1 < blocks; b += 2) {
+        VF up[kParts];
+        finish.block(acc + b * kBlockRows, block + b, v);
+        finish.block(acc + (b + 1) * kBlockRows, block + b + 1, up);
+        for (int p = 0; p < kParts; ++p) v[p] = mul(silu(v[p]), up[p]);
+        write_block(v, out, (block + b) / 2 * kBlockRows, args.out_cols, false);
+      }
+    } else {
+      for (size_t b = 0; b < blocks; ++b) {
+        finish.block(acc + b * kBlockRows, block + b, v);
+        write_block(v, out, (block + b) * kBlockRows, args.out_cols, args.epilogue == Epilogue::kAdd);
+      }
+    }
+  }
+}
+
+void linear(const LinearArgs& args, size_t block, size_t num_blocks, const Scratch& scratch) {
+  const Weight& weight = args.weight;
+  const Activations& in = args.input;
+  const Format f = weight.format;
+  const size_t stride = block_bytes(f, weight.cols), header = header_bytes(f, weight.cols);
+  const bool quantized = is_quantized(f);
+  const size_t per_count = quantized ? kGroupSteps : 1;  // steps in what TileArgs::count counts
+  const bool one_panel = args.num_tokens <= kPanelRows;
+  const bool expand = f == Format::kInt4 && !one_panel;
+  const size_t pass = one_panel ? in.num_steps : kStepsPerPass;
+
+  std::memset(scratch.accumulators, 0, args.num_tokens * kChunkRows * sizeof(float));
+  for (size_t s0 = 0; s0 < in.num_steps; s0 += pass) {
+    const size_t n = in.num_steps - s0 < pass ? in.num_steps - s0 : pass;
+    TileArgs t{};
+    t.count = n / per_count;
+    for (size_t b = 0; b < num_blocks; ++b) {
+      const uint8_t* data = weight.data + (block + b) * stride;
+      t.codes[b] = data + 64 + s0 / kGroupSteps * kBlockRows;
+      t.w[b] = data + header + s0 * kStepBytes / (f == Format::kInt4 ? 2 : 1);
+      if (expand) {
+        uint8_t* to = scratch.expanded + b * kStepsPerPass * kStepBytes;
+        expand_int4(t.w[b], n, to);
+        t.w[b] = to;
+      }
+    }
+    for (size_t row = 0; row < args.num_tokens; row += kPanelRows) {
+      const size_t rows = args.num_tokens - row < kPanelRows ? args.num_tokens - row : kPanelRows;
+      t.stride = rows;
+      t.a = in.values + (row * in.num_steps + s0 * rows) * 4;
+      if (quantized) {
+        const size_t at = row * in.num_groups + s0 / kGroupSteps * rows;
+        t.scales = in.scales + at;
+        t.offsets = in.offsets + at;
+      }
+      panel_of(expand ? Format::kInt8 : f, t, static_cast<int>(rows), static_cast<int>(num_blocks),
+               scratch.accumulators + row * kChunkRows);
+    }
+  }
+  finish_rows(args, 0, args.num_tokens, block, num_blocks, scratch.accumulators);
+}
+
+// ---- activations ---------------------------------------------------------------------------------------------
+
+float sum_of_squares(const float* x, size_t n) {
+  VF sum = set1(0.0f);
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VF v = load(x + i);
+    sum = fma(v, v, sum);
+  }
+  float total = reduce_add(sum);
+  for (; i < n; ++i) total += x[i] * x[i];
+  return total;
+}
+
+constexpr size_t kSlice = 32;  // columns that are normalised and converted at a time
+static_assert(kSlice == kGroup);
+
+// y = x * r * norm for up to kSlice columns, zero beyond.
+void normalise(const float* x, const float* norm, float r, size_t n, float* y) {
+  if (n == kSlice) {
+    for (size_t i = 0; i < kSlice; i += kLanes) {
+      const VF v = load(x + i);
+      store(y + i, norm ? mul(mul(v, set1(r)), load(norm + i)) : v);
+    }
+    return;
+  }
+  for (size_t i = 0; i < kSlice; ++i) y[i] = i >= n ? 0.0f : norm ? x[i] * r * norm[i] : x[i];
+}
+
+// One group as int8 with its scale; returns the sum of the int8 values.
+int32_t quantize_group(const float* y, int8_t* q, float* scale) {
+  VF peak = set1(0.0f);
+  for (int i = 0; i < kGroup; i += kLanes) peak = vmax(peak, vabs(load(y + i)));
+  const float amax = reduce_max(peak);
+  const bool zero = !(amax > 1e-30f);  // all zero, or not a number
+  *scale = zero ? 0.0f : amax / 127.0f;
+  const VF inverse = set1(zero ? 0.0f : 127.0f / amax);
+  VI sum = iset1(0);
+  for (int i = 0; i < kGroup; i += kLanes) {
+    const VI v = round_to_int(mul(load(y + i), inverse));
+    sum = iadd(sum, v);
+    store_i8(q + i, v);
+  }
+  return reduce_iadd(sum);
+}
+
+void activate(const float* const* x, size_t num_rows, const float* norm, float eps, const Activations& out, size_t row) {
+  uint8_t* values = out.values + row * out.num_steps * 4;
+  float* scales = out.scales + row * out.num_groups;
+  int32_t* offsets = out.offsets + row * out.num_groups;
+  for (size_t m = 0; m < num_rows; ++m) {
+    const float r = norm ? 1.0f / std::sqrt(sum_of_squares(x[m], out.cols) / static_cast<float>(out.cols) + eps) : 1.0f;
+    for (size_t k = 0; k < out.cols; k += kSlice) {
+      const size_t n = out.cols - k < kSlice ? out.cols - k : kSlice;
+      alignas(64) float y[kSlice];
+      normalise(x[m] + k, norm ? norm + k : nullptr, r, n, y);
+      if (out.format == Format::kInt8) {
+        alignas(64) int8_t q[kGroup];
+        const size_t g = k / kGroup;
+        const int32_t sum = quantize_group(y, q, &scales[g * num_rows + m]);
+        offsets[g * num_rows + m] = -128 * sum;
+        for (size_t s = 0; s < kGroupSteps; ++s)
+          std::memcpy(values + ((g * kGroupSteps + s) * num_rows + m) * 4, q + s * 4, 4);
+      } else if (out.format == Format::kBF16) {
+        for (size_t i = 0; i < n; i += 2) {
+          const uint16_t pair[2] = {bf16_from_float(y[i]), bf16_from_float(y[i + 1])};
+          std::memcpy(values + ((k + i) / 2 * num_rows + m) * 4, pair, 4);
+        }
+      } else {
+        for (size_t i = 0; i < n; ++i) std::memcpy(values + ((k + i) * num_rows + m) * 4, y + i, 4);
+      }
+    }
+  }
+}
+
+// ---- rotary embedding and the cache --------------------------------------------------------------------------
+
+void norm_head(float* x, const float* weight, float eps, size_t n) {
+  const float r = 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
+  for (size_t i = 0; i < n; ++i) x[i] = x[i] * r * weight[i];
+}
+
+void rotate(float* x, const float* cos, const float* sin, size_t half) {
+  for (size_t i = 0; i < half; ++i) {
+    const float a = x[i], b = x[i + half];
+    x[i] = a * cos[i] - b * sin[i];
+    x[i + half] = b * cos[i] + a * sin[i];
+  }
+}
+
+void rope(const RopeArgs& args, size_t kv_head) {
+  const auto [heads, kv_heads, dim] = args.shape;
+  const size_t group = heads / kv_heads;
+  for (size_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
+    float* q = args.qkv + h * dim;
+    if (args.q_norm) norm_head(q, args.q_norm, args.eps, dim);
+    rotate(q, args.cos, args.sin, dim / 2);
+  }
+  float* k = args.qkv + (heads + kv_head) * dim;
+  if (args.k_norm) norm_head(k, args.k_norm, args.eps, dim);
+  rotate(k, args.cos, args.sin, dim / 2);
+  const float* v = args.qkv + (heads + kv_heads + kv_head) * dim;
+
+  const CacheLayer& cache = args.cache;
+  const size_t element = cache.format == Format::kF32 ? 4 : 2, per_step = 4 / element;
+  const size_t head_bytes = cache.block_size * dim * element;
+  const size_t at = (args.block * kv_heads + kv_head) * head_bytes;
+  uint8_t* keys = cache.keys + at + args.offset / 16 * (16 * dim * element) + args.offset % 16 * 4;
+  uint8_t* values = cache.values + at + args.offset / per_step * kStepBytes;
+  const size_t dims_stride = cache.block_size / per_step * kStepBytes;  // from 16 dimensions to the next 16
+  if (cache.format == Format::kF32) {
+    for (size_t d = 0; d < dim; ++d) std::memcpy(keys + d * kStepBytes, k + d, 4);
+    for (size_t d = 0; d < dim; ++d) std::memcpy(values + d / 16 * dims_stride + d % 16 * 4, v + d, 4);
+  } else {
+    for (size_t d = 0; d < dim; d += 2) {
+      const uint16_t pair[2] = {bf16_from_float(k[d]), bf16_from_float(k[d + 1])};
+      std::memcpy(keys + d / 2 * kStepBytes, pair, 4);
+    }
+    for (size_t d = 0; d < dim; ++d) {
+      uint8_t* to = values + d / 16 * dims_stride + d % 16 * 4;
+      const uint16_t x = bf16_from_float(v[d]);
+      if (args.offset % 2) {
+        std::memcpy(to + 2, &x, 2);
+      } else {  // the partner is read with it before it is written: never leave another sequence's value there
+        const uint16_t pair[2] = {x, 0};
+        std::memcpy(to, pair, 4);
+      }
+    }
+  }
+}
+
+// ---- attention -----------------------------------------------------------------------------------------------
+
+constexpr size_t kMaxHeadDim = 256;
+constexpr size_t kKeyTile = kChunkRows;  // positions whose scores are computed at a time
+
+// Up to kAttentionRows query rows as the left operand of a product: [dim / e][rows][e].
+template <Format F>
+void put(uint8_t* to, size_t index, size_t rows, size_t row, float x) {
+  if constexpr (F == Format::kF32) {
+    std::memcpy(to + (index * rows + row) * 4, &x, 4);
+  } else {
+    const uint16_t half = bf16_from_float(x);
+    std::memcpy(to + (index / 2 * rows + row) * 4 + index % 2 * 2, &half, 2);
+  }
+}
+
+// p = exp(s - max) over the first `valid` scores of a tile, zero beyond; returns the factor of what came before.
+float softmax_row(float* s, long valid, float* running_max, float* running_sum) {
+  if (valid <= 0) {
+    std::memset(s, 0, kKeyTile * sizeof(float));
+    return 1.0f;
+  }
+  for (size_t j = valid; j < kKeyTile; ++j) s[j] = -1e30f;
+  VF peak = set1(*running_max);
+  for (size_t j = 0; j < kKeyTile; j += kLanes) peak = vmax(peak, load(s + j));
+  const float top = reduce_max(peak);
+  VF sum = set1(0.0f);
+  for (size_t j = 0; j < kKeyTile; j += kLanes) store(s + j, vexp(sub(load(s + j), set1(top))));
+  for (size_t j = valid; j < kKeyTile; ++j) s[j] = 0.0f;
+  for (size_t j = 0; j < kKeyTile; j += kLanes) sum = add(sum, load(s + j));
+  const float factor = std::exp(*running_max - top);
+  *running_sum = *running_sum * factor + reduce_add(sum);
+  *running_max = top;
+  return factor;
+}
+
+template <Format F>
+void attention_of(const AttentionArgs& args) {
+  constexpr size_t element = F == Format::kF32 ? 4 : 2, per_step = 4 / element;
+  const auto [heads, kv_heads, dim] = args.shape;
+  const size_t group = heads / kv_heads, rows = args.row_end - args.row_begin;
+  const size_t block_size = args.cache.block_size, head_bytes = block_size * dim * element;
+
+  alignas(64) uint8_t q[kMaxHeadDim * kAttentionRows * 4];
+  alignas(64) uint8_t p[kKeyTile * kAttentionRows * 4];
+  alignas(64) float scores[kAttentionRows * kChunkRows];
+  alignas(64) float out[kMaxHeadDim / kChunkRows][kAttentionRows * kChunkRows] = {};  // 64 dimensions at a time
+  float running_max[kAttentionRows], running_sum[kAttentionRows];
+  long limit[kAttentionRows];  // positions that a row may see
+  for (size_t r = 0; r < rows; ++r) {
+    const size_t token = (args.row_begin + r) / group, head = args.kv_head * group + (args.row_begin + r) % group;
+    const float* from = args.qkv + token * args.qkv_stride + head * dim;
+    for (size_t d = 0; d < dim; ++d) put<F>(q, d, rows, r, from[d] * args.scale);
+    running_max[r] = -1e30f;
+    running_sum[r] = 0.0f;
+    limit[r] = static_cast<long>(args.first_position + token + 1);
+  }
+  const size_t end = limit[rows - 1];
+  const auto head_of = [&](const uint8_t* base, size_t position) {
+    return base + (args.block_table[position / block_size] * kv_heads + args.kv_head) * head_bytes;
+  };
+
+  TileArgs t{};
+  t.stride = rows;
+  for (size_t start = 0; start < end; start += kKeyTile) {
+    const size_t positions = end - start < kKeyTile ? end - start : kKeyTile;
+    const int sub_blocks = static_cast<int>((positions + 15) / 16);
+    for (int i = 0; i < sub_blocks; ++i) {
+      const size_t at = start + 16 * i;
+      t.w[i] = head_of(args.cache.keys, at) + at % block_size * dim * element;
+    }
+    t.a = q;
+    t.count = dim / per_step;
+    std::memset(scores, 0, rows * kChunkRows * sizeof(float));
+    panel<F>(t, static_cast<int>(rows), sub_blocks, scores);
+
+    for (size_t r = 0; r < rows; ++r) {
+      float* s = scores + r * kChunkRows;
+      const float factor = softmax_row(s, limit[r] - static_cast<long>(start), &running_max[r], &running_sum[r]);
+      if (factor != 1.0f)
+        for (size_t c = 0; c * kChunkRows < dim; ++c)
+          for (size_t i = 0; i < kChunkRows; i += kLanes) {
+            float* o = out[c] + r * kChunkRows + i;
+            store(o, mul(load(o), set1(factor)));
+          }
+      for (size_t j = 0; j < kKeyTile; ++j) put<F>(p, j, rows, r, s[j]);
+    }
+
+    for (size_t done = 0; done < positions;) {
+      const size_t at = start + done, offset = at % block_size;
+      const size_t left = block_size - offset < positions - done ? block_size - offset : positions - done;
+      const uint8_t* values = head_of(args.cache.values, at) + offset / per_step * kStepBytes;
+      t.a = p + done / per_step * rows * 4;
+      t.count = (left + per_step - 1) / per_step;
+      for (size_t c = 0; c * kChunkRows < dim; ++c) {
+        const size_t blocks = (dim - c * kChunkRows < kChunkRows ? dim - c * kChunkRows : kChunkRows) / 16;
+        for (size_t b = 0; b < blocks; ++b)
+          t.w[b] = values + (c * kChunkBlocks + b) * (block_size / per_step) * kStepBytes;
+        panel<F>(t, static_cast<int>(rows), static_cast<int>(blocks), out[c]);
+      }
+      done += left;
+    }
+  }
+  for (size_t r = 0; r < rows; ++r) {
+    const size_t token = (args.row_begin + r) / group, head = args.kv_head * group + (args.row_begin + r) % group;
+    float* to = args.out + token * args.out_stride + head * dim;
+    const float inverse = 1.0f / running_sum[r];
+    for (size_t d = 0; d < dim; ++d) to[d] = out[d / kChunkRows][r * kChunkRows + d % kChunkRows] * inverse;
+  }
+}
+
+void attention(const AttentionArgs& args) {
+  if (args.cache.format == Format::kF32)
+    attention_of<Format::kF32>(args);
+  else
+    attention_of<Format::kBF16>(args);
+}
+
+void widen(const uint16_t* in, float* out, size_t n) {
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) store(out + i, load_bf16(in + i));
+  for (; i < n; ++i) out[i] = float_from_bf16(in[i]);
+}
+
+}  // namespace
+}  // namespace LLMB_ISA
+
+#define LLMB_CONCAT2(a, b) a##b
+#define LLMB_CONCAT(a, b) LLMB_CONCAT2(a, b)
+#define LLMB_STRING2(a) #a
+#define LLMB_STRING(a) LLMB_STRING2(a)
+
+const Kernels& LLMB_CONCAT(LLMB_ISA, _kernels)() {
+  using namespace LLMB_ISA;
+  static const Kernels kernels{LLMB_STRING(LLMB_ISA), activate, linear, rope, attention, widen};
+  return kernels;
+}
+
+}  // namespace llmb

@@ -1,0 +1,345 @@
+#include "plan.h"
+
+#include <sys/mman.h>
+
+#include <algorithm>
+#include <cstring>
+#include <stdexcept>
+
+namespace llmb {
+namespace {
+
+size_t padded_rows(size_t n) { return round_up(n, kPanelRows); }
+
+}  // namespace
+
+struct Plan::ActivationStore {
+  std::vector<uint8_t> values;
+  std::vector<float> scales;
+  std::vector<int32_t> offsets;
+
+  void reserve(size_t rows, size_t row_bytes, size_t row_groups) {
+    values.resize(rows * row_bytes);
+    scales.resize(rows * row_groups);
+    offsets.resize(rows * row_groups);
+  }
+  size_t bytes() const { return values.size() + 4 * (scales.size() + offsets.size()); }
+};
+
+// Up to kAttentionRows query rows of one sequence, for one kv head.
+struct Plan::AttentionItem {
+  size_t seq, row_begin, row_end;
+};
+
+struct Plan::Context {
+  Plan& plan;
+  const Step& step;
+};
+
+// One operation of the list. `next` hands out units of work; it is set back before every step.
+struct Plan::Op {
+  std::atomic<size_t> next{0};
+  std::atomic<size_t> prepared{0};
+
+  virtual ~Op() = default;
+  virtual void run(const Context& context, int thread) = 0;
+
+  template <typename F>
+  static void share(std::atomic<size_t>& counter, size_t count, const F& work) {
+    for (size_t i; (i = counter.fetch_add(1, std::memory_order_relaxed)) < count;) work(i);
+  }
+};
+
+struct Plan::Embed : Plan::Op {
+  const void* table;
+  Format format;
+  size_t rows, width;
+  int out;
+
+  void run(const Context& c, int) override {
+    float* to = c.plan.buffers_[out].data();
+    share(next, c.step.num_tokens, [&](size_t t) {
+      const size_t at = static_cast<size_t>(c.step.token_ids[t]) * width;
+      if (format == Format::kF32)
+        std::memcpy(to + t * width, static_cast<const float*>(table) + at, width * sizeof(float));
+      else
+        c.plan.kernels_.widen(static_cast<const uint16_t*>(table) + at, to + t * width, width);
+    });
+  }
+};
+
+struct Plan::Linear : Plan::Op {
+  int in;
+  Norm norm;
+  LinearArgs args;
+  int out;  // -1: the logits, of the rows that want them
+
+  void run(const Context& c, int thread) override {
+    Plan& plan = c.plan;
+    const size_t tokens = out < 0 ? c.step.num_rows : c.step.num_tokens;
+    LinearArgs a = args;
+    a.num_tokens = tokens;
+    a.out = out < 0 ? plan.logits_.data() : plan.buffers_[out].data();
+    a.input = activations(c, tokens, thread);
+    const size_t blocks = round_up(a.weight.rows, kBlockRows) / kBlockRows;
+    const size_t chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
+    Scratch scratch;
+    scratch.accumulators = reinterpret_cast<float*>(plan.scratch_[thread].data() + kExpandedBytes);
+    scratch.expanded = plan.scratch_[thread].data();
+    share(next, chunks, [&](size_t i) {
+      const size_t first = i * kChunkBlocks;
+      plan.kernels_.linear(a, first, std::min<size_t>(kChunkBlocks, blocks - first), scratch);
+    });
+  }
+
+  // One panel is prepared by every thread for itself, which costs less than a barrier; more are shared out.
+  Activations activations(const Context& c, size_t tokens, int thread) {
+    Plan& plan = c.plan;
+    const bool one_panel = tokens <= kPanelRows;
+    ActivationStore& store = one_panel ? *plan.private_[thread] : *plan.shared_;
+    Activations act;
+    act.format = is_quantized(args.weight.format) ? Format::kInt8 : args.weight.format;
+    act.cols = args.weight.cols;
+    act.num_steps = steps(act.format, act.cols);
+    act.num_groups = is_quantized(act.format) ? padded_cols(act.format, act.cols) / kGroup : 0;
+    act.values = store.values.data();
+    act.scales = store.scales.data();
+    act.offsets = store.offsets.data();
+    const auto prepare = [&](size_t panel) {
+      const float* rows[kPanelRows];
+      const size_t first = panel * kPanelRows, n = std::min(kPanelRows, tokens - first);
+      for (size_t i = 0; i < n; ++i) {
+        const size_t row = out < 0 ? static_cast<size_t>(c.step.logit_rows[first + i]) : first + i;
+        rows[i] = plan.buffers_[in].data() + row * plan.widths_[in];
+      }
+      plan.kernels_.activate(rows, n, norm.weight, norm.eps, act, first);
+    };
+    if (one_panel) {
+      if (tokens) prepare(0);
+    } else {
+      share(prepared, (tokens + kPanelRows - 1) / kPanelRows, prepare);
+      plan.pool_.barrier();
+    }
+    return act;
+  }
+};
+
+struct Plan::Attention : Plan::Op {
+  int qkv, out;
+  size_t layer;
+  Norm q_norm, k_norm;
+  float scale;
+
+  void run(const Context& c, int) override {
+    const Plan& plan = c.plan;
+    const size_t kv_heads = plan.heads_.kv_heads;
+    const size_t group = plan.heads_.heads / kv_heads;
+    const CacheLayer cache = cache_layer(plan);
+    if (plan.decode_only_) {  // one token a sequence: whoever attends with a kv head also writes it
+      share(next, c.step.num_seqs * kv_heads, [&](size_t i) {
+        const size_t seq = i / kv_heads, head = i % kv_heads;
+        rope(c, cache, seq, c.step.seq_starts[seq], head);
+        for (size_t row = 0; row < group; row += kAttentionRows)
+          attend(c, cache, {seq, row, std::min(row + kAttentionRows, group)}, head);
+      });
+      return;
+    }
+    share(prepared, c.step.num_tokens, [&](size_t token) {
+      const int32_t* starts = c.step.seq_starts;
+      const size_t seq =
+          std::upper_bound(starts, starts + c.step.num_seqs + 1, static_cast<int32_t>(token)) - starts - 1;
+      for (size_t head = 0; head < kv_heads; ++head) rope(c, cache, seq, token, head);
+    });
+    c.plan.pool_.barrier();
+    const size_t items = plan.attention_items_.size();
+    share(next, items * kv_heads, [&](size_t i) {  // the last rows see most keys: they go first
+      attend(c, cache, plan.attention_items_[items - 1 - i / kv_heads], i % kv_heads);
+    });
+  }
+
+  CacheLayer cache_layer(const Plan& plan) const {
+    const size_t element = plan.cache_.format == Format::kF32 ? 4 : 2;
+    const size_t bytes =
+        plan.cache_.num_blocks * plan.heads_.kv_heads * plan.cache_.block_size * plan.heads_.head_dim * element;
+    uint8_t* base = plan.cache_data_ + 2 * layer * bytes;
+    return {plan.cache_.format, base, base + bytes, plan.cache_.block_size, plan.heads_.kv_heads, plan.heads_.head_dim};
+  }
+
+  void rope(const Context& c, const CacheLayer& cache, size_t seq, size_t token, size_t kv_head) const {
+    const size_t dim = c.plan.heads_.head_dim;
+    const size_t position = c.step.context_lens[seq] - (c.step.seq_starts[seq + 1] - token);
+    RopeArgs a;
+    a.shape = c.plan.heads_;
+    a.qkv = c.plan.buffers_[qkv].data() + token * c.plan.widths_[qkv];
+    a.cos = c.step.cos + token * (dim / 2);
+    a.sin = c.step.sin + token * (dim / 2);
+    a.q_norm = q_norm.weight;
+    a.k_norm = k_norm.weight;
+    a.eps = q_norm.eps;
+    a.cache = cache;
+    a.block = c.step.block_tables[seq * c.step.table_width + position / cache.block_size];
+    a.offset = position % cache.block_size;
+    c.plan.kernels_.rope(a, kv_head);
+  }
+
+  void attend(const Context& c, const CacheLayer& cache, const AttentionItem& item, size_t kv_head) const {
+    const size_t first = c.step.seq_starts[item.seq], tokens = c.step.seq_starts[item.seq + 1] - first;
+    AttentionArgs a;
+    a.shape = c.plan.heads_;
+    a.qkv = c.plan.buffers_[qkv].data() + first * c.plan.widths_[qkv];
+    a.qkv_stride = c.plan.widths_[qkv];
+    a.out = c.plan.buffers_[out].data() + first * c.plan.widths_[out];
+    a.out_stride = c.plan.widths_[out];
+    a.scale = scale;
+    a.cache = cache;
+    a.block_table = c.step.block_tables + item.seq * c.step.table_width;
+    a.first_position = c.step.context_lens[item.seq] - tokens;
+    a.kv_head = kv_head;
+    a.row_begin = item.row_begin;
+    a.row_end = item.row_end;
+    c.plan.kernels_.attention(a);
+  }
+};
+
+Plan::Plan(int num_threads, const std::string& isa, size_t max_tokens, HeadShape heads, CacheShape cache)
+    : kernels_(kernels_for(isa)),
+      pool_(num_threads),
+      max_tokens_(max_tokens),
+      heads_(heads),
+      cache_(cache),
+      shared_(new ActivationStore) {
+  if (heads.head_dim % 16 || heads.head_dim > 256 || heads.head_dim == 0 || heads.kv_heads == 0 ||
+      heads.heads % heads.kv_heads)
+    throw std::invalid_argument("head_dim must be a multiple of 16 up to 256, and heads a multiple of kv_heads");
+  if (cache.block_size == 0 || cache.block_size % 16) throw std::invalid_argument("block_size must be a multiple of 16");
+  const size_t element = cache.format == Format::kF32 ? 4 : 2;
+  cache_bytes_ = 2 * cache.layers * cache.num_blocks * cache.block_size * heads.kv_heads * heads.head_dim * element;
+  // Anonymous pages are zero and cost nothing until a block is first written.
+  void* data = mmap(nullptr, cache_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  if (data == MAP_FAILED) throw std::bad_alloc();
+  cache_data_ = static_cast<uint8_t*>(data);
+  for (int t = 0; t < num_threads; ++t) {
+    private_.emplace_back(new ActivationStore);
+    scratch_.emplace_back(kExpandedBytes + padded_rows(max_tokens) * kChunkRows * sizeof(float));
+  }
+}
+
+Plan::~Plan() {
+  if (cache_data_) munmap(cache_data_, cache_bytes_);
+}
+
+int Plan::buffer(size_t width) {
+  buffers_.emplace_back(max_tokens_ * width);
+  widths_.push_back(width);
+  return static_cast<int>(buffers_.size()) - 1;
+}
+
+void Plan::embed(const void* table, Format format, size_t rows, size_t width, int out) {
+  auto op = std::make_unique<Embed>();
+  op->table = table;
+  op->format = format;
+  op->rows = rows;
+  op->width = width;
+  op->out = out;
+  table_rows_ = rows;
+  ops_.push_back(std::move(op));
+}
+
+void Plan::reserve(const Weight& weight) {
+  const Format f = is_quantized(weight.format) ? Format::kInt8 : weight.format;
+  act_values_ = std::max(act_values_, steps(f, weight.cols) * 4);
+  if (is_quantized(f)) act_groups_ = std::max(act_groups_, padded_cols(f, weight.cols) / kGroup);
+  shared_->reserve(padded_rows(max_tokens_), act_values_, act_groups_);
+  for (auto& store : private_) store->reserve(kPanelRows, act_values_, act_groups_);
+}
+
+void Plan::linear(int in, Norm norm, const Weight& weight, const float* bias, Epilogue epilogue, int out) {
+  auto op = std::make_unique<Linear>();
+  op->in = in;
+  op->norm = norm;
+  op->args.weight = weight;
+  op->args.bias = bias;
+  op->args.epilogue = epilogue;
+  op->args.out_stride = op->args.out_cols = out < 0 ? weight.rows : widths_[out];
+  op->out = out;
+  reserve(weight);
+  ops_.push_back(std::move(op));
+}
+
+void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scale, int out) {
+  auto op = std::make_unique<Attention>();
+  op->qkv = qkv;
+  op->layer = layer;
+  op->q_norm = q_norm;
+  op->k_norm = k_norm;
+  op->scale = scale;
+  op->out = out;
+  ops_.push_back(std::move(op));
+}
+
+void Plan::logits(int in, Norm norm, const Weight& weight) {
+  vocab_size_ = weight.rows;
+  linear(in, norm, weight, nullptr, Epilogue::kStore, -1);
+}
+
+void Plan::check(const Step& s) const {
+  const auto fail = [](const std::string& what) { throw std::invalid_argument("step: " + what); };
+  if (s.num_tokens == 0 || s.num_tokens > max_tokens_) fail("num_tokens out of range");
+  if (s.num_seqs == 0 || s.num_rows > s.num_tokens) fail("num_seqs or logit_rows out of range");
+  for (size_t t = 0; t < s.num_tokens; ++t)
+    if (s.token_ids[t] < 0 || static_cast<size_t>(s.token_ids[t]) >= table_rows_) fail("token id out of range");
+  if (s.seq_starts[0] != 0 || static_cast<size_t>(s.seq_starts[s.num_seqs]) != s.num_tokens) fail("seq_starts");
+  for (size_t i = 0; i < s.num_seqs; ++i) {
+    const long n = static_cast<long>(s.seq_starts[i + 1]) - s.seq_starts[i], context = s.context_lens[i];
+    if (n < 1 || context < n) fail("context_lens");
+    const size_t blocks = (context + cache_.block_size - 1) / cache_.block_size;
+    if (blocks > s.table_width) fail("block table too short");
+    for (size_t b = 0; b < blocks; ++b) {
+      const int32_t block = s.block_tables[i * s.table_width + b];
+      if (block < 0 || static_cast<size_t>(block) >= cache_.num_blocks) fail("block out of range");
+    }
+  }
+  for (size_t r = 0; r < s.num_rows; ++r)
+    if (s.logit_rows[r] < 0 || static_cast<size_t>(s.logit_rows[r]) >= s.num_tokens) fail("logit_rows");
+}
+
+void Plan::plan_attention(const Step& step) {
+  decode_only_ = step.num_tokens == step.num_seqs;
+  attention_items_.clear();
+  if (decode_only_) return;
+  const size_t group = heads_.heads / heads_.kv_heads;
+  for (size_t seq = 0; seq < step.num_seqs; ++seq) {
+    const size_t rows = (step.seq_starts[seq + 1] - step.seq_starts[seq]) * group;
+    const size_t piece = rows <= kAttentionRows ? kAttentionRows : kPanelRows;
+    for (size_t row = 0; row < rows; row += piece)
+      attention_items_.push_back({seq, row, std::min(row + piece, rows)});
+  }
+}
+
+const float* Plan::run(const Step& step) {
+  check(step);
+  plan_attention(step);
+  if (logits_.size() < step.num_rows * vocab_size_) logits_.resize(step.num_rows * vocab_size_);
+  for (auto& op : ops_) {
+    op->next.store(0, std::memory_order_relaxed);
+    op->prepared.store(0, std::memory_order_relaxed);
+  }
+  const Context context{*this, step};
+  pool_.run([&](int thread) {
+    for (auto& op : ops_) {
+      op->run(context, thread);
+      pool_.barrier();
+    }
+  });
+  return logits_.data();
+}
+
+size_t Plan::workspace_bytes() const {
+  size_t bytes = shared_->bytes() + logits_.size() * sizeof(float);
+  for (const auto& b : buffers_) bytes += b.size() * sizeof(float);
+  for (const auto& p : private_) bytes += p->bytes();
+  for (const auto& s : scratch_) bytes += s.size();
+  return bytes;
+}
+
+}  // namespace llmb

@@ -1,0 +1,97 @@
+"""Slow, obvious numpy versions of what csrc/layout.h and the kernels promise."""
+
+from __future__ import annotations
+
+import ml_dtypes
+import numpy as np
+
+from llm_boost import _native
+
+GROUP = _native.GROUP
+CODEBOOK = np.array(_native.INT4_CODEBOOK, dtype=np.int32)
+BLOCK = 16
+
+
+def round_up(n: int, to: int) -> int:
+    return -(-n // to) * to
+
+
+def padded_cols(fmt: str, cols: int) -> int:
+    return {"float32": cols, "bfloat16": round_up(cols, 2)}.get(fmt, round_up(cols, GROUP))
+
+
+def random_packed(fmt: str, rows: int, cols: int, rng: np.random.Generator) -> np.ndarray:
+    """Any bytes of the layout, with sane scales and zeros in the padding columns."""
+    blocks, k = round_up(rows, BLOCK) // BLOCK, padded_cols(fmt, cols)
+    if fmt in ("float32", "bfloat16"):
+        dtype = np.float32 if fmt == "float32" else ml_dtypes.bfloat16
+        per_step = 4 // np.dtype(dtype).itemsize
+        w = rng.standard_normal((blocks, BLOCK, k)).astype(dtype)
+        w[:, :, cols:] = 0
+        steps = w.reshape(blocks, BLOCK, k // per_step, per_step).transpose(0, 2, 1, 3)
+        return np.frombuffer(steps.tobytes(), np.uint8)
+    groups = k // GROUP
+    scales = rng.uniform(0.001, 0.01, (blocks, BLOCK)).astype(np.float32)
+    codes = rng.integers(1, 256, (blocks, groups, BLOCK), dtype=np.uint8)
+    if fmt == "int8":
+        q = rng.integers(1, 256, (blocks, BLOCK, k), dtype=np.uint8)
+        q[:, :, cols:] = 128
+        quants = q.reshape(blocks, BLOCK, k // 4, 4).transpose(0, 2, 1, 3)
+    else:
+        q = rng.integers(0, 16, (blocks, BLOCK, k), dtype=np.uint8)
+        steps = q.reshape(blocks, BLOCK, k // 4, 4).transpose(0, 2, 1, 3)
+        quants = steps[:, 0::2] | (steps[:, 1::2] << 4)
+    pad = np.zeros(round_up(groups * BLOCK, 64) - groups * BLOCK, np.uint8)
+    parts = []
+    for b in range(blocks):
+        parts += [scales[b].view(np.uint8), codes[b].ravel(), pad, quants[b].ravel()]
+    return np.concatenate(parts)
+
+
+def unpack(packed: np.ndarray, fmt: str, rows: int, cols: int) -> np.ndarray:
+    """The weights that the packed bytes stand for, float64 [rows][cols]."""
+    blocks, k = round_up(rows, BLOCK) // BLOCK, padded_cols(fmt, cols)
+    data = packed.reshape(blocks, -1)
+    if fmt in ("float32", "bfloat16"):
+        dtype = np.float32 if fmt == "float32" else ml_dtypes.bfloat16
+        per_step = 4 // np.dtype(dtype).itemsize
+        w = data.reshape(-1).view(dtype).reshape(blocks, k // per_step, BLOCK, per_step)
+        return w.transpose(0, 2, 1, 3).reshape(blocks * BLOCK, k)[:rows, :cols].astype(np.float64)
+    groups = k // GROUP
+    header = 64 + round_up(groups * BLOCK, 64)
+    scales = np.ascontiguousarray(data[:, :64]).view(np.float32).astype(np.float64)
+    codes = data[:, 64 : 64 + groups * BLOCK].reshape(blocks, groups, BLOCK).transpose(0, 2, 1)
+    body = data[:, header:]
+    if fmt == "int8":
+        steps = body.reshape(blocks, k // 4, BLOCK, 4).astype(np.int32)
+    else:
+        half = body.reshape(blocks, k // 8, BLOCK, 4)
+        steps = CODEBOOK[np.stack([half & 15, half >> 4], axis=2).reshape(blocks, k // 4, BLOCK, 4)]
+    values = (steps.transpose(0, 2, 1, 3).reshape(blocks, BLOCK, groups, GROUP) - 128).astype(np.float64)
+    w = values * codes[..., None] * scales[:, :, None, None]
+    return w.reshape(blocks * BLOCK, k)[:rows, :cols]
+
+
+def round_activations(x: np.ndarray, fmt: str) -> np.ndarray:
+    """x as the kernels see it beside weights of `fmt`, float64."""
+    if fmt == "float32":
+        return x.astype(np.float64)
+    if fmt == "bfloat16":
+        return x.astype(ml_dtypes.bfloat16).astype(np.float64)
+    tokens, cols = x.shape
+    padded = np.zeros((tokens, round_up(cols, GROUP)), np.float32)
+    padded[:, :cols] = x
+    groups = padded.reshape(tokens, -1, GROUP)
+    peak = np.abs(groups).max(axis=-1, keepdims=True)
+    inverse = np.where(peak > 1e-30, np.float32(127) / np.where(peak > 0, peak, 1), np.float32(0)).astype(np.float32)
+    q = np.rint(groups * inverse)
+    return (q.astype(np.float64) * (peak / np.float32(127))).reshape(tokens, -1)[:, :cols]
+
+
+def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
+    x = x.astype(np.float64)
+    return (x / np.sqrt((x**2).mean(-1, keepdims=True) + eps) * weight).astype(np.float32)
+
+
+def silu(x: np.ndarray) -> np.ndarray:
+    return x / (1 + np.exp(-x))
