@@ -30,72 +30,79 @@ static inline VF dot(VF acc, VI w, VI a) {
 }
 
 template <Format F, int M, int NB>
-void tile_float(const TileArgs& t, float* acc) {
+void tile_float(const TileArgs& t, float* __restrict acc) {
   constexpr int N = NB * kParts;
+  const TileArgs local = t;
   VF c[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) c[m][v] = load(acc + m * kChunkRows + v * kLanes);
-  for (size_t s = 0; s < t.count; ++s) {
+  LLMB_UNROLL for (int m = 0; m < M; ++m) LLMB_UNROLL for (int v = 0; v < N; ++v) {
+    c[m][v] = load(acc + m * kChunkRows + v * kLanes);
+  }
+  const uint8_t* a = local.a;
+  for (size_t s = 0; s < local.count; ++s, a += local.stride * 4) {
     VI w[N];
-    for (int v = 0; v < N; ++v)
-      w[v] = load_bytes(t.w[v / kParts] + s * kStepBytes + (v % kParts) * kVectorBytes);
-    const uint8_t* a = t.a + s * t.stride * 4;
-    for (int m = 0; m < M; ++m) {
+    LLMB_UNROLL for (int v = 0; v < N; ++v) {
+      w[v] = load_bytes(local.w[v / kParts] + s * kStepBytes + v % kParts * kVectorBytes);
+    }
+    LLMB_UNROLL for (int m = 0; m < M; ++m) {
       const VI x = broadcast4(a + m * 4);
-      for (int v = 0; v < N; ++v) c[m][v] = dot<F>(c[m][v], w[v], x);
+      LLMB_UNROLL for (int v = 0; v < N; ++v) c[m][v] = dot<F>(c[m][v], w[v], x);
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) store(acc + m * kChunkRows + v * kLanes, c[m][v]);
+  LLMB_UNROLL for (int m = 0; m < M; ++m) LLMB_UNROLL for (int v = 0; v < N; ++v) {
+    store(acc + m * kChunkRows + v * kLanes, c[m][v]);
+  }
 }
 
 template <Format F, int M, int NB>
-void tile_int(const TileArgs& t, float* acc) {
+void tile_int(const TileArgs& t, float* __restrict acc) {
   constexpr int N = NB * kParts;
   const Nibbles nibbles(kInt4Codebook);
-  VF f[M][N];
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) f[m][v] = load(acc + m * kChunkRows + v * kLanes);
-  for (size_t g = 0; g < t.count; ++g) {
+  const TileArgs local = t;
+  const uint8_t* a = local.a;
+  size_t at = 0;  // of the weights, bytes
+  for (size_t g = 0; g < local.count; ++g) {
     VI c[M][N];
-    for (int m = 0; m < M; ++m) {
-      const VI start = iset1(kUnsignedWeights ? t.offsets[g * t.stride + m] : 0);
-      for (int v = 0; v < N; ++v) c[m][v] = start;
+    LLMB_UNROLL for (int m = 0; m < M; ++m) {
+      const VI start = iset1(kUnsignedWeights ? local.offsets[g * local.stride + m] : 0);
+      LLMB_UNROLL for (int v = 0; v < N; ++v) c[m][v] = start;
     }
-    const uint8_t* a = t.a + g * kGroupSteps * t.stride * 4;
     if constexpr (F == Format::kInt8) {
-      for (int s = 0; s < kGroupSteps; ++s) {
+      for (int s = 0; s < kGroupSteps; ++s, a += local.stride * 4, at += kStepBytes) {
         VI w[N];
-        for (int v = 0; v < N; ++v)
-          w[v] = load_bytes(t.w[v / kParts] + (g * kGroupSteps + s) * kStepBytes + (v % kParts) * kVectorBytes);
-        for (int m = 0; m < M; ++m) {
-          const VI x = broadcast4(a + (s * t.stride + m) * 4);
-          for (int v = 0; v < N; ++v) c[m][v] = dot_int8(c[m][v], w[v], x);
+        LLMB_UNROLL for (int v = 0; v < N; ++v) {
+          w[v] = load_bytes(local.w[v / kParts] + at + v % kParts * kVectorBytes);
+        }
+        LLMB_UNROLL for (int m = 0; m < M; ++m) {
+          const VI x = broadcast4(a + m * 4);
+          LLMB_UNROLL for (int v = 0; v < N; ++v) c[m][v] = dot_int8(c[m][v], w[v], x);
         }
       }
     } else {
-      for (int s = 0; s < kGroupSteps / 2; ++s) {
+      for (int s = 0; s < kGroupSteps; s += 2, a += local.stride * 8, at += kStepBytes) {
         VI low[N], high[N];
-        for (int v = 0; v < N; ++v) {
-          const VI x = load_bytes(t.w[v / kParts] + (g * kGroupSteps / 2 + s) * kStepBytes + (v % kParts) * kVectorBytes);
+        LLMB_UNROLL for (int v = 0; v < N; ++v) {
+          const VI x = load_bytes(local.w[v / kParts] + at + v % kParts * kVectorBytes);
           low[v] = nibbles.low(x);
           high[v] = nibbles.high(x);
         }
-        for (int m = 0; m < M; ++m) {
-          const VI x = broadcast4(a + (2 * s * t.stride + m) * 4);
-          const VI y = broadcast4(a + ((2 * s + 1) * t.stride + m) * 4);
-          for (int v = 0; v < N; ++v) c[m][v] = dot_int8(dot_int8(c[m][v], low[v], x), high[v], y);
+        LLMB_UNROLL for (int m = 0; m < M; ++m) {
+          const VI x = broadcast4(a + m * 4), y = broadcast4(a + (local.stride + m) * 4);
+          LLMB_UNROLL for (int v = 0; v < N; ++v) {
+            c[m][v] = dot_int8(dot_int8(c[m][v], low[v], x), high[v], y);
+          }
         }
       }
     }
-    for (int v = 0; v < N; ++v) {
-      const VF code = load_u8(t.codes[v / kParts] + g * kBlockRows + (v % kParts) * kLanes);
-      for (int m = 0; m < M; ++m)
-        f[m][v] = fma(to_float(c[m][v]), mul(code, set1(t.scales[g * t.stride + m])), f[m][v]);
+    // The float sums stay in the first-level cache: with the integer ones they would not fit the registers.
+    LLMB_UNROLL for (int v = 0; v < N; ++v) {
+      const VF code = load_u8(local.codes[v / kParts] + g * kBlockRows + v % kParts * kLanes);
+      LLMB_UNROLL for (int m = 0; m < M; ++m) {
+        const VF scale = mul(code, set1(local.scales[g * local.stride + m]));
+        float* sum = acc + m * kChunkRows + v * kLanes;
+        store(sum, fma(to_float(c[m][v]), scale, load(sum)));
+      }
     }
   }
-  for (int m = 0; m < M; ++m)
-    for (int v = 0; v < N; ++v) store(acc + m * kChunkRows + v * kLanes, f[m][v]);
 }
 
 template <Format F, int M, int NB>

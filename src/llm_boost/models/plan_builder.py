@@ -1,0 +1,91 @@
+"""The words in which an architecture writes its plan: each adds one fused operation to the native list."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any, Literal, NewType, Protocol
+
+import numpy as np
+from numpy.typing import NDArray
+
+Buffer = NewType("Buffer", int)  # max_tokens rows of floats
+
+
+@dataclass(frozen=True)
+class PackedTensor:
+    """A packed weight as it lies in memory."""
+
+    data: NDArray[np.uint8]
+    format: str  # float32 | bfloat16 | int8 | int4
+    rows: int
+    cols: int
+
+
+class PackedWeights(Protocol):
+    def __getitem__(self, name: str) -> PackedTensor: ...
+
+    def __contains__(self, name: str) -> bool: ...
+
+
+@dataclass(frozen=True)
+class Normed:
+    """RMSNorm of a buffer; computed inside the linear that reads it."""
+
+    input: Buffer
+    weight: str
+    eps: float
+
+
+class PlanBuilder:
+    def __init__(self, plan: Any, weights: PackedWeights) -> None:
+        self._plan = plan
+        self._weights = weights
+
+    def buffer(self, width: int) -> Buffer:
+        """[tokens, width] floats that operations write and read."""
+        return Buffer(self._plan.buffer(width))
+
+    def embed(self, table: str, out: Buffer) -> None:
+        """out = table[token]."""
+        w = self._weights[table]
+        self._plan.embed(w.data, w.format, w.rows, w.cols, out)
+
+    def rms_norm(self, x: Buffer, weight: str, eps: float) -> Normed:
+        return Normed(x, weight, eps)
+
+    def linear(
+        self,
+        x: Buffer | Normed,
+        weight: str,
+        out: Buffer,
+        epilogue: Literal["store", "add", "silu_mul"] = "store",
+    ) -> None:
+        """out (=, +=, or silu(gate) * up =) x @ weight.T + bias; the bias is `weight`.bias where there is one."""
+        source, norm, eps = self._input(x)
+        w, bias = self._weights[weight], self._vector(f"{weight}.bias")
+        if bias is not None:
+            bias = np.pad(bias, (0, -len(bias) % 16))
+        self._plan.linear(source, norm, eps, w.data, w.format, w.rows, w.cols, bias, epilogue, out)
+
+    def attention(
+        self, qkv: Buffer, layer: int, out: Buffer, *, head_dim: int, eps: float, q_norm: str, k_norm: str
+    ) -> None:
+        """Rotary embedding, the write of k and v into the paged cache, and attention, causal and grouped."""
+        scale = head_dim**-0.5
+        self._plan.attention(qkv, layer, self._vector(q_norm), self._vector(k_norm), eps, head_dim, scale, out)
+
+    def logits(self, x: Normed, head: str) -> None:
+        """The end of the plan: logits of the rows that a step asks for."""
+        source, norm, eps = self._input(x)
+        w = self._weights[head]
+        self._plan.logits(source, norm, eps, w.data, w.format, w.rows, w.cols)
+
+    def _input(self, x: Buffer | Normed) -> tuple[Buffer, NDArray[np.float32] | None, float]:
+        if isinstance(x, Normed):
+            return x.input, self._vector(x.weight), x.eps
+        return x, None, 0.0
+
+    def _vector(self, name: str) -> NDArray[np.float32] | None:
+        if name not in self._weights:
+            return None
+        return self._weights[name].data.view(np.float32)
