@@ -8,6 +8,7 @@ where no byte is without its tensor.
 from __future__ import annotations
 
 import math
+import os
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -59,13 +60,14 @@ class SafetensorsFile:
 
     def __init__(self, path: Path) -> None:
         self.path = path
-        self.header, size = _read_header(path)
+        mapped = map_bytes(path)
+        self.header = _read_header(mapped, path)
         self.data_start = 8 + len(self.header)
         table = parse_json_object(self.header, f"{path}: header")
         self.metadata = _metadata(table.pop("__metadata__", {}), path)
         self.entries = {name: _entry(name, fields, path) for name, fields in table.items()}
-        _check_layout(self.entries, size - self.data_start, path)
-        self._bytes: NDArray[np.uint8] | None = map_bytes(path)
+        _check_layout(self.entries, mapped.size - self.data_start, path)
+        self._bytes: NDArray[np.uint8] | None = mapped
         self._infos = {
             name: TensorInfo(name, entry.shape, entry.dtype.name)
             for name, entry in self.entries.items()
@@ -104,9 +106,12 @@ class SafetensorsFile:
 def map_bytes(path: Path) -> NDArray[np.uint8]:
     """The whole file as a read-only memory map."""
     try:
-        return np.memmap(path, dtype=np.uint8, mode="r")
-    except (OSError, ValueError) as error:
-        raise CheckpointError(f"{path}: cannot be mapped into memory ({error})") from None
+        with path.open("rb") as file:
+            if file.seek(0, os.SEEK_END) == 0:
+                raise CheckpointError(f"{path}: the file is empty; download it again")
+            return np.memmap(file, dtype=np.uint8, mode="r")
+    except OSError as error:
+        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
 
 
 def _typed(data: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:
@@ -114,29 +119,20 @@ def _typed(data: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:
     return view if view.flags.aligned else view.copy()
 
 
-def _read_header(path: Path) -> tuple[bytes, int]:
-    """The header's JSON bytes and the size of the file."""
-    try:
-        with path.open("rb") as file:
-            size = file.seek(0, 2)
-            file.seek(0)
-            length = int.from_bytes(file.read(8), "little")
-            if size < 8:
-                raise CheckpointError(
-                    f"{path}: {size} bytes, too short for a safetensors file; download it again"
-                )
-            if length > MAX_HEADER_BYTES:
-                raise CheckpointError(
-                    f"{path}: header length {length}, at most {MAX_HEADER_BYTES} is allowed; "
-                    "this is no safetensors file"
-                )
-            if 8 + length > size:
-                raise CheckpointError(
-                    f"{path}: header length {length} in a file of {size} bytes; it is cut off or damaged"
-                )
-            return file.read(length), size
-    except OSError as error:
-        raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+def _read_header(mapped: NDArray[np.uint8], path: Path) -> bytes:
+    """The header's JSON bytes."""
+    length = int.from_bytes(mapped[:8].tobytes(), "little")
+    if mapped.size < 8:
+        raise CheckpointError(f"{path}: {mapped.size} bytes, too short for safetensors; download it again")
+    if length > MAX_HEADER_BYTES:
+        raise CheckpointError(
+            f"{path}: header length {length}, at most {MAX_HEADER_BYTES} is allowed; not a safetensors file"
+        )
+    if 8 + length > mapped.size:
+        raise CheckpointError(
+            f"{path}: header length {length} in a file of {mapped.size} bytes; it is cut off or damaged"
+        )
+    return mapped[8 : 8 + length].tobytes()
 
 
 def _metadata(value: object, path: Path) -> dict[str, str]:

@@ -224,9 +224,8 @@ class RopeTable:
         distinct, which = np.unique(lengths[long], return_inverse=True)
         stretch = np.float32(rope.factor) * distinct.astype(np.float32)
         stretch = stretch / np.float32(rope.original_max_position_embeddings) - np.float32(rope.factor - 1)
-        theta = np.float32(rope.theta) * np.power(
-            stretch, np.float32(dim / (dim - 2)), dtype=np.float64
-        ).astype(np.float32)
+        power = np.power(stretch, dim / (dim - 2), dtype=np.float64).astype(np.float32)
+        theta = np.float32(rope.theta) * power
         inv_freq = (np.float32(1) / _powers(theta[:, None], dim))[which.reshape(-1)]
         cos[long], sin[long] = self._angles(positions[long].astype(np.float32), inv_freq)
 
