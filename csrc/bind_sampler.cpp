@@ -36,30 +36,37 @@ struct Column {
   }
 };
 
-nb::tuple sample(const Logits& logits, const nb::list& row_list, const nb::list& token_list) {
-  const size_t rows = logits.shape(0), vocab = logits.shape(1);
-  if (nb::len(row_list) != rows || nb::len(token_list) != rows)
+nb::tuple sample(Sampler& sampler, const Logits& logits, const nb::list& rows, const nb::list& tokens) {
+  const size_t count = logits.shape(0);
+  if (logits.shape(1) != sampler.vocab()) throw nb::value_error("logits: the width is not the vocabulary's");
+  if (nb::len(rows) != count || nb::len(tokens) != count)
     throw nb::value_error("sample() takes one SamplingRow and one token array for each row of logits");
 
-  std::vector<const SamplingRow*> params;
-  std::vector<Tokens> tokens;
+  std::vector<SamplingTask> tasks;
+  std::vector<Tokens> arrays;  // keeps them alive while the GIL is released
   int32_t num_logprobs = -1;
-  for (size_t i = 0; i < rows; ++i) {
-    params.push_back(nb::cast<const SamplingRow*>(row_list[i]));
-    tokens.push_back(nb::cast<Tokens>(token_list[i]));
-    num_logprobs = std::max(num_logprobs, params.back()->num_logprobs);
+  for (size_t i = 0; i < count; ++i) {
+    const SamplingRow* row = nb::cast<const SamplingRow*>(rows[i]);
+    arrays.push_back(nb::cast<Tokens>(tokens[i]));
+    if (arrays[i].size() < static_cast<size_t>(row->prompt_len))
+      throw nb::value_error("tokens: shorter than the prompt");
+    tasks.push_back({row, arrays[i].data(), arrays[i].size(), nullptr, nullptr, {}});
+    num_logprobs = std::max(num_logprobs, row->num_logprobs);
   }
   const size_t width = static_cast<size_t>(std::max(num_logprobs, 0));
 
-  Column<int32_t> ids(rows, 1), ranks(rows, 1), top_ids(rows, width);
-  Column<float> logprobs(rows, 1), top_logprobs(rows, width);
-  Column<uint8_t> status(rows, 1);
+  Column<int32_t> ids(count, 1), ranks(count, 1), top_ids(count, width);
+  Column<float> logprobs(count, 1), top_logprobs(count, width);
+  Column<uint8_t> status(count, 1);
   {
     nb::gil_scoped_release release;
-    Sampler sampler(vocab);
-    for (size_t i = 0; i < rows; ++i) {
-      const Sample s = sampler.sample(logits.data() + i * vocab, *params[i], tokens[i].data(),
-                                      tokens[i].size(), top_ids.row(i), top_logprobs.row(i));
+    for (size_t i = 0; i < count; ++i) {
+      tasks[i].top_ids = top_ids.row(i);
+      tasks[i].top_logprobs = top_logprobs.row(i);
+    }
+    sampler.sample(logits.data(), tasks);
+    for (size_t i = 0; i < count; ++i) {
+      const Sample& s = tasks[i].sample;
       *ids.row(i) = s.token;
       *ranks.row(i) = s.rank;
       *logprobs.row(i) = s.logprob;
@@ -102,15 +109,16 @@ void bind_sampler(nb::module_& m) {
           "seed"_a = 0, "stream"_a = 0, "prompt_len"_a = 0, "min_tokens"_a = 0, "num_logprobs"_a = -1,
           "stop_ids"_a = std::vector<int32_t>{}, "logit_bias"_a = std::vector<std::pair<int32_t, float>>{});
 
-  m.def("sample", &sample, "logits"_a, "rows"_a, "tokens"_a,
-        "The next token of every row of logits [R, V] float32, given R SamplingRows and R int32 arrays of "
-        "the tokens\n"
-        "so far (prompt and output). Returns (tokens [R] int32, status [R] uint8, logprobs): status 0 is "
-        "fine, 1 a\n"
-        "row with NaN or infinite logits, 2 a row in which every token is masked; logprobs is None unless a "
-        "row asks\n"
-        "for them, else (logprob [R] float32, rank [R] int32, top_ids [R, N] int32, top_logprobs [R, N] "
-        "float32).");
+  nb::class_<Sampler>(m, "Sampler", "Samples batches of logits; for one thread at a time.")
+      .def(nb::init<size_t, size_t>(), "vocab_size"_a, "threads"_a = 1)
+      .def("sample", &sample, "logits"_a, "rows"_a, "tokens"_a,
+           "The next token of every row of logits [R, vocab_size] float32, given R SamplingRows and R int32 "
+           "arrays of\n"
+           "the tokens so far (prompt and output). Returns (tokens [R] int32, status [R] uint8, logprobs).\n"
+           "Status: 0 fine, 1 NaN or infinite logits, 2 every token is masked, 3 a token outside the "
+           "vocabulary.\n"
+           "logprobs is None unless a row asks for them, else (logprob [R] float32, rank [R] int32,\n"
+           "top_ids [R, N] int32, top_logprobs [R, N] float32), N the most that a row asks for.");
 
   m.def("philox", &philox, "counter"_a, "key"_a, "The sampler's random bits, for tests: Philox 4x32-10.");
 }

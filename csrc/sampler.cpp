@@ -1,11 +1,12 @@
 #include "sampler.h"
 
 #include <algorithm>
+#include <atomic>
 #include <bit>
 #include <cmath>
 #include <limits>
 #include <numeric>
-#include <stdexcept>
+#include <thread>
 
 namespace llmb {
 namespace {
@@ -22,7 +23,10 @@ bool before(const Scored& a, const Scored& b) {
 // e^x for x <= 0 within 2 units in the last place; 0 below -87. Our own, so that it becomes vector code and
 // gives the same bits on every machine (Cody and Waite's reduction, the polynomial of Cephes' expf).
 inline float exp_negative(float x) {
-  const float y = x < -87.0f ? -87.0f : x;
+  // Compared as integers: a branch on floats would keep the loop from becoming vectors.
+  constexpr int32_t kLargest = std::bit_cast<int32_t>(87.0f);
+  const int32_t magnitude = std::bit_cast<int32_t>(x) & 0x7FFFFFFF;
+  const float y = -std::bit_cast<float>(std::min(magnitude, kLargest));
   constexpr float kRound = 12582912.0f;  // 1.5 * 2^23: adding and subtracting it rounds to an integer
   const float n = (y * 1.44269504f + kRound) - kRound;
   const float r = (y - n * 0.693359375f) + n * 2.12194440e-4f;
@@ -34,7 +38,8 @@ inline float exp_negative(float x) {
   p = p * r + 5.0000001201e-1f;
   p = p * (r * r) + r + 1.0f;
   const float power = std::bit_cast<float>((static_cast<int32_t>(n) + 127) << 23);
-  return x < -87.0f ? 0.0f : p * power;
+  const int32_t keep = -static_cast<int32_t>(magnitude <= kLargest);
+  return std::bit_cast<float>(std::bit_cast<int32_t>(p * power) & keep);
 }
 
 inline float max_of(const float* x, size_t n) {
@@ -85,10 +90,6 @@ double uniform(const SamplingRow& row, uint64_t position) {
   return static_cast<double>(word) * 0x1p-53;
 }
 
-void check_id(int32_t id, size_t vocab) {
-  if (static_cast<uint32_t>(id) >= vocab) throw std::out_of_range("token id outside the vocabulary");
-}
-
 }  // namespace
 
 std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t key) {
@@ -104,8 +105,8 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t key) {
   return c;
 }
 
-Sample Sampler::sample(const float* logits, const SamplingRow& row, const int32_t* tokens, size_t num_tokens,
-                       int32_t* top_ids, float* top_logprobs) {
+Sample RowSampler::sample(const float* logits, const SamplingRow& row, const int32_t* tokens,
+                          size_t num_tokens, int32_t* top_ids, float* top_logprobs) {
   Sample sample;
   const Peak raw = find_peak(logits, vocab_);
   if (!raw.finite) {
@@ -113,6 +114,10 @@ Sample Sampler::sample(const float* logits, const SamplingRow& row, const int32_
     return sample;
   }
   const float* allowed = apply_rules(logits, row, tokens, num_tokens);
+  if (allowed == nullptr) {
+    sample.status = SampleStatus::kBadToken;
+    return sample;
+  }
   const Peak peak = allowed == logits ? raw : find_peak(allowed, vocab_);
   if (peak.id < 0) {
     sample.status = SampleStatus::kNothingAllowed;
@@ -125,11 +130,12 @@ Sample Sampler::sample(const float* logits, const SamplingRow& row, const int32_
   return sample;
 }
 
-// Bias, mask and penalties. Returns the logits themselves when no rule applies, else an edited copy.
-const float* Sampler::apply_rules(const float* logits, const SamplingRow& row, const int32_t* tokens,
-                                  size_t num_tokens) {
+// Bias, mask and penalties. Returns the logits themselves when no rule applies, else an edited copy; null for
+// a token that is not in the vocabulary.
+const float* RowSampler::apply_rules(const float* logits, const SamplingRow& row, const int32_t* tokens,
+                                     size_t num_tokens) {
   const size_t prompt_len = static_cast<size_t>(row.prompt_len);
-  if (prompt_len > num_tokens) throw std::invalid_argument("prompt_len is beyond the tokens");
+  const auto known = [&](int32_t id) { return static_cast<uint32_t>(id) < vocab_; };
   const bool repetition = row.repetition_penalty != 1.0f;
   const bool counting = row.presence_penalty != 0.0f || row.frequency_penalty != 0.0f;
   const bool masking =
@@ -138,12 +144,12 @@ const float* Sampler::apply_rules(const float* logits, const SamplingRow& row, c
 
   edited_.assign(logits, logits + vocab_);
   for (const auto& [id, bias] : row.logit_bias) {
-    check_id(id, vocab_);
+    if (!known(id)) return nullptr;
     edited_[id] += bias;
   }
   if (masking) {
     for (int32_t id : row.stop_ids) {
-      check_id(id, vocab_);
+      if (!known(id)) return nullptr;
       edited_[id] = -kInf;
     }
   }
@@ -153,7 +159,7 @@ const float* Sampler::apply_rules(const float* logits, const SamplingRow& row, c
   seen_.resize(vocab_);
   touched_.clear();
   const size_t first = repetition ? 0 : prompt_len;
-  for (size_t i = first; i < num_tokens; ++i) check_id(tokens[i], vocab_);
+  if (!std::all_of(tokens + first, tokens + num_tokens, known)) return nullptr;
   for (size_t i = first; i < num_tokens; ++i) {
     if (!std::exchange(seen_[tokens[i]], 1)) touched_.push_back(tokens[i]);
     output_counts_[tokens[i]] += i >= prompt_len;
@@ -170,7 +176,7 @@ const float* Sampler::apply_rules(const float* logits, const SamplingRow& row, c
 
 // A draw from softmax((logits) / temperature) after min-p, top-k and top-p.
 // Candidates stay in the order of their ids: the token drawn does not depend on how they were found.
-int32_t Sampler::draw(const float* logits, float peak, const SamplingRow& row, double u) {
+int32_t RowSampler::draw(const float* logits, float peak, const SamplingRow& row, double u) {
   const float inverse = 1.0f / row.temperature;
   candidates_.clear();
   if (row.top_k > 0 && static_cast<size_t>(row.top_k) < vocab_) {
@@ -209,7 +215,7 @@ int32_t Sampler::draw(const float* logits, float peak, const SamplingRow& row, d
   return last;
 }
 
-int32_t Sampler::draw_from_all(double u) const {
+int32_t RowSampler::draw_from_all(double u) const {
   const double target = u * std::accumulate(block_sums_.begin(), block_sums_.end(), 0.0);
   size_t block = 0;
   double sum = 0.0;
@@ -229,7 +235,7 @@ int32_t Sampler::draw_from_all(double u) const {
 
 // Keeps the likeliest candidates that together hold top_p of the weight: the fewest that do, and at least
 // one. A weighted quickselect: each step halves the range in which the last of them lies.
-void Sampler::keep_nucleus(double top_p) {
+void RowSampler::keep_nucleus(double top_p) {
   ranking_ = candidates_;
   double total = 0.0;
   for (const Scored& c : candidates_) total += c.score;
@@ -254,7 +260,7 @@ void Sampler::keep_nucleus(double top_p) {
 
 // The k best into ranking_, in no order (fewer when the rest is masked). One pass: whatever does not beat the
 // k-th best so far is skipped, a vector at a time.
-void Sampler::select_top(const float* logits, size_t k) {
+void RowSampler::select_top(const float* logits, size_t k) {
   const size_t capacity = 2 * k + 256;
   float threshold = -kInf;
   ranking_.clear();
@@ -275,7 +281,7 @@ void Sampler::select_top(const float* logits, size_t k) {
 }
 
 // weights_ = exp((logits - peak) * inverse_temperature); block_sums_ of those that are at least `floor`.
-void Sampler::weigh(const float* logits, float peak, float inverse_temperature, float floor) {
+void RowSampler::weigh(const float* logits, float peak, float inverse_temperature, float floor) {
   weights_.resize(vocab_);
   block_sums_.clear();
   for (size_t start = 0; start < vocab_; start += kBlock) {
@@ -292,8 +298,8 @@ void Sampler::weigh(const float* logits, float peak, float inverse_temperature, 
   }
 }
 
-void Sampler::report_logprobs(const float* logits, float peak, const SamplingRow& row, Sample& sample,
-                              int32_t* top_ids, float* top_logprobs) {
+void RowSampler::report_logprobs(const float* logits, float peak, const SamplingRow& row, Sample& sample,
+                                 int32_t* top_ids, float* top_logprobs) {
   weigh(logits, peak, 1.0f, 0.0f);
   const double sum = std::accumulate(block_sums_.begin(), block_sums_.end(), 0.0);
   const double log_sum = static_cast<double>(peak) + std::log(sum);
@@ -314,6 +320,22 @@ void Sampler::report_logprobs(const float* logits, float peak, const SamplingRow
     top_ids[i] = i < ranking_.size() ? ranking_[i].id : -1;
     top_logprobs[i] = i < ranking_.size() ? logprob(ranking_[i].score) : -kInf;
   }
+}
+
+void Sampler::sample(const float* logits, std::vector<SamplingTask>& tasks) {
+  std::atomic<size_t> next{0};
+  const auto work = [&](RowSampler& sampler) {
+    for (size_t i = next++; i < tasks.size(); i = next++) {
+      SamplingTask& t = tasks[i];
+      t.sample =
+          sampler.sample(logits + i * vocab_, *t.row, t.tokens, t.num_tokens, t.top_ids, t.top_logprobs);
+    }
+  };
+  std::vector<std::thread> helpers;
+  const size_t workers = std::min(samplers_.size(), tasks.size() / kRowsAThread);
+  for (size_t i = 1; i < workers; ++i) helpers.emplace_back(work, std::ref(samplers_[i]));
+  work(samplers_[0]);
+  for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace llmb

@@ -9,6 +9,7 @@
 // top-p. Wherever tokens are ranked, equal logits are ranked by token id, the lower first.
 #pragma once
 
+#include <algorithm>
 #include <array>
 #include <cstddef>
 #include <cstdint>
@@ -39,6 +40,7 @@ enum class SampleStatus : uint8_t {
   kOk = 0,
   kNotFinite = 1,       // a NaN or an infinity among the logits
   kNothingAllowed = 2,  // every token is masked
+  kBadToken = 3,        // a token that is not in the vocabulary, among the sequence's own or in a rule
 };
 
 struct Sample {
@@ -54,10 +56,10 @@ struct Scored {
   int32_t id;
 };
 
-// Samples rows one after another; holds the scratch memory, so one Sampler serves one thread.
-class Sampler {
+// Samples rows one after another; it holds the scratch memory, so one RowSampler serves one thread.
+class RowSampler {
  public:
-  explicit Sampler(size_t vocab) : vocab_(vocab) {}
+  explicit RowSampler(size_t vocab) : vocab_(vocab) {}
 
   // logits [vocab], tokens [num_tokens] (prompt and output). When row.num_logprobs > 0, top_ids and
   // top_logprobs [num_logprobs] receive the best tokens, likeliest first (-1 past the end of the vocabulary).
@@ -82,6 +84,31 @@ class Sampler {
   std::vector<Scored> candidates_, ranking_;
   std::vector<int32_t> output_counts_, seen_;  // per token; zero between calls
   std::vector<int32_t> touched_;
+};
+
+// A row to sample and where its result goes.
+struct SamplingTask {
+  const SamplingRow* row;
+  const int32_t* tokens;
+  size_t num_tokens;
+  int32_t* top_ids;
+  float* top_logprobs;
+  Sample sample;
+};
+
+// Samples the rows of a batch; many rows are spread over threads. One caller at a time.
+class Sampler {
+ public:
+  static constexpr size_t kRowsAThread = 4;  // fewer are done before a thread has started
+
+  Sampler(size_t vocab, size_t threads)
+      : vocab_(vocab), samplers_(std::max<size_t>(threads, 1), RowSampler(vocab)) {}
+  size_t vocab() const { return vocab_; }
+  void sample(const float* logits, std::vector<SamplingTask>& tasks);  // logits [tasks, vocab]
+
+ private:
+  size_t vocab_;
+  std::vector<RowSampler> samplers_;
 };
 
 // 4 x 32 random bits for a counter under a key.

@@ -41,7 +41,7 @@ class BlockManager:
         return True
 
     def share(self, donor: Sequence, sequence: Sequence, num_blocks: int) -> None:
-        """Lets a sequence without blocks begin with the donor's first ones, which must be full and computed."""
+        """Lets a sequence without blocks begin with the donor's first ones: full and computed ones."""
         for block in donor.block_table[:num_blocks].tolist():
             self._ref_counts[block] += 1
             sequence.append_block(block)
@@ -56,7 +56,7 @@ class BlockManager:
         sequence.forget()
 
     def check_integrity(self, sequences: Iterable[Sequence]) -> None:
-        """Raises EngineError unless each block is free or counted for exactly the given sequences that hold it."""
+        """EngineError unless each block is free, or counted for exactly the given sequences that hold it."""
         held = Counter(block for sequence in sequences for block in sequence.block_table.tolist())
         free = set(self._free)
         counted = {block: count for block, count in enumerate(self._ref_counts) if count}

@@ -5,7 +5,8 @@ from __future__ import annotations
 import time
 from collections.abc import Collection, Iterable
 
-from llm_boost.engine.batch import ModelRunner
+from llm_boost._native import Sampler
+from llm_boost.engine.batch import FloatArray, ModelRunner
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.build_batch import build_batch
 from llm_boost.engine.intake import EngineTokenizer, Intake
@@ -37,6 +38,7 @@ class Engine:
         max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
         max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS,
         seed: int = 0,
+        threads: int = 1,
     ) -> None:
         self.check_limits(max_num_seqs, max_num_batched_tokens, seed)
         self.runner = runner
@@ -45,6 +47,7 @@ class Engine:
             self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
         )
         self._tokenizer = tokenizer
+        self._sampler = Sampler(runner.vocab_size, threads)
         self._intake = Intake(runner, tokenizer, eos_token_ids, seed)
         self._requests: dict[str, Request] = {}
         self._by_number: dict[int, Request] = {}
@@ -89,7 +92,7 @@ class Engine:
         return request_id
 
     def step(self) -> list[RequestOutput]:
-        """Computes one batch. Returns the outputs of requests that end with it, and of streaming ones that grow."""
+        """Computes one batch; the outputs of requests that end with it, and of streaming ones that grow."""
         chunks = self.scheduler.schedule()
         if not chunks:
             return []
@@ -103,7 +106,7 @@ class Engine:
             return self._publish(everyone)
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
-        for completion, sampled in zip(last, sample(logits, last, self._decode_token), strict=True):
+        for completion, sampled in zip(last, self._sample(logits, last), strict=True):
             self._append(completion, sampled)
         return self._publish(last)
 
@@ -121,6 +124,12 @@ class Engine:
     def _completion(self, order: tuple[int, int]) -> Completion:
         number, index = order
         return self._by_number[number].completions[index]
+
+    def _sample(self, logits: FloatArray, completions: list[Completion]) -> list[Sampled]:
+        def decode(token: int) -> str:
+            return self._tokenizer.decode([token], skip_special_tokens=False)
+
+        return sample(self._sampler, logits, completions, decode)
 
     def _append(self, completion: Completion, sampled: Sampled) -> None:
         if sampled.fault is not None:
@@ -155,6 +164,3 @@ class Engine:
         request.metrics.finished_time = time.monotonic()
         del self._requests[request.request_id], self._by_number[request.number]
         return request.output()
-
-    def _decode_token(self, token: int) -> str:
-        return self._tokenizer.decode([token], skip_special_tokens=False)

@@ -74,13 +74,14 @@ class Intake:
         cache = self._runner.num_blocks * self._runner.block_size
         if num_prompt_tokens >= model:
             raise RequestError(
-                f"prompt: got {num_prompt_tokens} tokens, allowed at most {model - 1}: seq_length / max_model_len "
-                f"is {model}, prompt and output together; shorten the prompt or raise the length"
+                f"prompt: got {num_prompt_tokens} tokens, allowed at most {model - 1}: "
+                f"seq_length / max_model_len is {model}, prompt and output together; "
+                "shorten the prompt or raise the length"
             )
         if num_prompt_tokens >= cache:
             raise RequestError(
-                f"prompt: got {num_prompt_tokens} tokens, allowed at most {cache - 1}: the KV cache holds {cache} "
-                f"({self._runner.num_blocks} blocks of {self._runner.block_size}); raise num_blocks"
+                f"prompt: got {num_prompt_tokens} tokens, allowed at most {cache - 1}: the KV cache holds "
+                f"{cache} ({self._runner.num_blocks} blocks of {self._runner.block_size}); raise num_blocks"
             )
         return min(model, cache) - num_prompt_tokens
 

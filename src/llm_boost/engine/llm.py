@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_boost.engine.batch import ModelRunner
 from llm_boost.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS, Engine
-from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.output_stream import Outbox, OutputStream
+from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.vllm_options import check_vllm_options
@@ -55,19 +55,24 @@ def load_parts(
     tokenizer_overrides: Mapping[str, Any] | None,
     **runner_options: Any,
 ) -> Parts:
-    """Opens the checkpoint, then loads its configuration, tokenizer and weights, the cheap before the expensive."""
+    """Opens the checkpoint; loads configuration, tokenizer and weights, the cheap before the expensive."""
     from llm_boost.checkpoint import open_checkpoint
     from llm_boost.engine.native_runner import NativeRunner
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer, load_tokenizer
 
     checkpoint = open_checkpoint(model)
-    model_config = ModelConfig.from_hf(checkpoint.config)
-    if checkpoint.format == "gguf" and vocab_file is None:
+    is_gguf = checkpoint.format == "gguf"
+    source = checkpoint.path if is_gguf else checkpoint.path / "config.json"
+    model_config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
+    if is_gguf and not (vocab_file or merges_file or tokenizer_overrides):
         tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
     else:
         tokenizer = load_tokenizer(
-            checkpoint.path, vocab_file=vocab_file, merges_file=merges_file, overrides=tokenizer_overrides
+            checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent,
+            vocab_file=None if vocab_file is None else Path(vocab_file),
+            merges_file=None if merges_file is None else Path(merges_file),
+            overrides=tokenizer_overrides,
         )
     runner = NativeRunner.load(checkpoint, model_config, **runner_options)
     return Parts(runner, tokenizer, model_config, checkpoint.generation_config)
@@ -76,8 +81,8 @@ def load_parts(
 class LLM:
     """Loads a model once, then completes prompts and chats, many at a time.
 
-    Not thread-safe: use an LLM from one thread. A prompt or parameter out of range raises RequestError before any
-    prompt runs; a model that fails while it runs raises EngineError.
+    Not thread-safe: use an LLM from one thread. A prompt or parameter out of range raises RequestError before
+    any prompt runs; a model that fails while it runs raises EngineError.
 
     Args:
         model: a Hugging Face directory or a GGUF file.
@@ -86,11 +91,11 @@ class LLM:
         threads: by default one for each physical core.
         seed: for requests without a seed of their own.
         cache_dir: where packed weights are kept.
-        block_size, num_blocks, kv_cache_memory: of the KV cache, in tokens, blocks and bytes; by default chosen to
-            hold max_num_seqs sequences within a part of the free memory.
+        block_size, num_blocks, kv_cache_memory: of the KV cache, in tokens, blocks and bytes; by default
+            chosen to hold max_num_seqs sequences within a part of the free memory.
         max_num_seqs: sequences that run at the same time.
-        max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is smoother
-            for the requests that run beside them.
+        max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
+            smoother for the requests that run beside them.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         progress: shows progress bars when packing takes long; by default when standard error is a terminal.
         vllm_options: other arguments of vLLM's LLM, accepted at the values at which they ask for nothing.
@@ -141,6 +146,7 @@ class LLM:
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             seed=seed,
+            threads=self._parts.runner.threads,
         )
         self._outbox = Outbox(self.engine)
 
@@ -186,7 +192,7 @@ class LLM:
         *,
         use_tqdm: bool = False,
     ) -> list[RequestOutput]:
-        """Completes the prompts, all at once; the outputs are in the prompts' order. `use_tqdm` shows a bar."""
+        """Completes the prompts, all at once; outputs are in the prompts' order. `use_tqdm` shows a bar."""
         ids = self._add(prompts, sampling_params, stream=False)
         outputs: Iterable[RequestOutput] = self._outbox.open(ids)
         if use_tqdm:
@@ -248,7 +254,7 @@ class LLM:
         stream: bool,
     ) -> list[str]:
         """Adds all requests or, when one is at fault, none."""
-        prompt_list: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)  # type: ignore[list-item]
+        prompt_list: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
         ids: list[str] = []
         try:
             for prompt, own in zip(prompt_list, self._params_for(prompt_list, params), strict=True):

@@ -34,7 +34,7 @@ class Outbox:
 
 
 class OutputStream(Iterator[RequestOutput]):
-    """Ends when its requests have; a request that fails raises EngineError. Closing it aborts what still runs."""
+    """Ends when its requests have; one that fails raises EngineError. Closing it aborts what still runs."""
 
     def __init__(self, outbox: Outbox, request_ids: list[str], queue: deque[RequestOutput]) -> None:
         self._outbox = outbox

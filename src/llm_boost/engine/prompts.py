@@ -33,7 +33,7 @@ class Encoder(Protocol):
 
 
 def tokenize(prompt: Any, encoder: Encoder, vocab_size: int) -> tuple[str | None, Int32Array]:
-    """The prompt's text (None when it came as ids) and its token ids [tokens]; RequestError for anything else."""
+    """The prompt's text (None if it came as ids) and its token ids [tokens]; RequestError for all else."""
     if not isinstance(prompt, dict):
         return _text(prompt), check_token_ids(encoder.encode(_text(prompt)), vocab_size)
     if not prompt or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
@@ -59,7 +59,7 @@ def check_token_ids(ids: Any, vocab_size: int) -> Int32Array:
     if len(ids) == 0:
         raise RequestError("prompt_token_ids: got no tokens, allowed at least one")
     for index, token in enumerate(ids):
-        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= token < vocab_size:
+        if isinstance(token, bool) or not isinstance(token, Integral) or not 0 <= int(token) < vocab_size:
             raise RequestError(
                 f"prompt_token_ids[{index}]: got {token!r}, allowed an integer 0..{vocab_size - 1}"
             )

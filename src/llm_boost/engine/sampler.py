@@ -3,16 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import NamedTuple
+from typing import TYPE_CHECKING, NamedTuple
 
-from llm_boost import _native
 from llm_boost.engine.batch import FloatArray
 from llm_boost.engine.outputs import Logprob
 from llm_boost.engine.request import Completion
 
+if TYPE_CHECKING:
+    from llm_boost import _native
+
 _FAULTS = {
     1: "the model gave NaN or infinite logits; try dtype float32, or check the checkpoint",
     2: "logit_bias and min_tokens leave no token to choose",
+    3: "the sequence has a token outside the model's vocabulary",
 }
 
 
@@ -23,10 +26,13 @@ class Sampled(NamedTuple):
 
 
 def sample(
-    logits: FloatArray, completions: Sequence[Completion], decode: Callable[[int], str]
+    native: _native.Sampler,
+    logits: FloatArray,
+    completions: Sequence[Completion],
+    decode: Callable[[int], str],
 ) -> list[Sampled]:
     """Samples logits [R, V] for R completions. `decode` gives a token's text, for logprobs."""
-    tokens, status, extra = _native.sample(
+    tokens, status, extra = native.sample(
         logits, [c.row for c in completions], [c.sequence.tokens for c in completions]
     )
     ids: list[int] = tokens.tolist()

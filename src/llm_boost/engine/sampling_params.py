@@ -25,8 +25,8 @@ _INT32_MAX = 2**31 - 1
 class SamplingParams:
     """How to choose tokens, and when to stop. Raises RequestError for a value out of range.
 
-    The rules apply in vLLM's order: logit bias, stop tokens masked below `min_tokens`, penalties, temperature,
-    min-p, top-k, top-p. The same seed gives the same text in any batch and on any number of threads.
+    The rules apply in vLLM's order: logit bias, stop tokens masked below `min_tokens`, penalties,
+    temperature, min-p, top-k, top-p. The same seed gives the same text in any batch and on any machine.
     """
 
     n: int = 1  # completions of the prompt, 1..128
@@ -51,7 +51,7 @@ class SamplingParams:
     skip_special_tokens: bool = True  # in the text; token_ids has them always
 
     def __post_init__(self) -> None:
-        checked = {
+        checked: dict[str, Any] = {
             "n": _integer("n", self.n, 1, MAX_N),
             "temperature": _real("temperature", self.temperature, 0, 100),
             "top_p": _real("top_p", self.top_p, 0, 1, above=True),
@@ -108,7 +108,7 @@ def _real(name: str, value: Any, low: float, high: float, *, above: bool = False
 
 
 def _integer(name: str, value: Any, low: int, high: int) -> int:
-    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= value <= high:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
         raise _fault(name, value, f"an integer from {low} to {high}")
     return int(value)
 

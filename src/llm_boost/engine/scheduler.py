@@ -27,10 +27,10 @@ class Chunk(NamedTuple):
 class Scheduler:
     """First come, first served.
 
-    Each step takes one token of every decoding sequence, then chunks of the prompts under way, then prompts that
-    wait, until `max_num_batched_tokens` are taken or `max_num_seqs` sequences run. A sequence is admitted when
-    there are blocks for all its tokens, and gets one more when a decode needs it. When there is none, the newest
-    sequence gives up its blocks and waits to be computed again; the oldest can so take all, and always ends.
+    Each step takes one token of every decoding sequence, then chunks of the prompts under way, then
+    prompts that wait, until `max_num_batched_tokens` are taken or `max_num_seqs` sequences run. A sequence is
+    admitted when there are blocks for all its tokens, and gets one more when a decode needs it. When there is
+    none, the newest sequence gives up its blocks and waits to be computed again: the oldest always ends.
     """
 
     def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
@@ -69,7 +69,7 @@ class Scheduler:
         return chunks
 
     def _make_room(self) -> bool:
-        """Gives every running sequence the blocks of its tokens, the oldest first; True if that cost another its own."""
+        """Gives each running sequence its blocks, the oldest first; True if another lost its own for that."""
         preempted = False
         served = 0
         while served < len(self.running):

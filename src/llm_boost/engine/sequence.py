@@ -10,8 +10,8 @@ from llm_boost.engine.batch import Int32Array
 class Sequence:
     """A prompt and the tokens made from it so far.
 
-    `order` is (request number, index in the request): who came first. Tokens 0 .. num_computed - 1 are in the cache;
-    a step computes the next ones, and once all tokens are computed the logits of the last give the next token.
+    `order` is (request number, index in the request): who came first. Tokens 0 .. num_computed - 1 are in
+    the cache; a step computes the next, and once all are computed the logits of the last give a new token.
     """
 
     __slots__ = (

@@ -1,4 +1,4 @@
-"""Keyword arguments of vLLM's LLM that mean nothing here: accepted at the value at which they ask for nothing."""
+"""Keyword arguments of vLLM's LLM without a meaning here: accepted at the value that asks for nothing."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
 
 
 def check_vllm_options(options: Mapping[str, Any], known: list[str]) -> None:
-    """ConfigError for an option that is unknown, or asks for something. `known` are LLM's own argument names."""
+    """ConfigError for an option that is unknown or asks for something. `known`: LLM's own argument names."""
     for name, value in options.items():
         if name not in _NEUTRAL:
             near = get_close_matches(name, [*known, *_NEUTRAL], n=1)
