@@ -1,0 +1,295 @@
+"""LLM: a model that answers, in vLLM's shape."""
+
+from __future__ import annotations
+
+import inspect
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import TYPE_CHECKING, Any, Protocol
+
+from llm_boost.engine.batch import ModelRunner
+from llm_boost.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS, Engine
+from llm_boost.engine.output_stream import Outbox, OutputStream
+from llm_boost.engine.outputs import RequestOutput
+from llm_boost.engine.prompts import Prompt
+from llm_boost.engine.sampling_params import SamplingParams
+from llm_boost.engine.vllm_options import check_vllm_options
+from llm_boost.errors import RequestError
+
+if TYPE_CHECKING:
+    from llm_boost.models.config import ModelConfig
+    from llm_boost.tokenization import Tokenizer
+
+Message = Mapping[str, Any]
+
+
+class LoadedRunner(ModelRunner, Protocol):
+    """A runner with a model in it, that can say what it runs on."""
+
+    @property
+    def weight_bytes(self) -> int: ...
+
+    @property
+    def threads(self) -> int: ...
+
+    @property
+    def isa(self) -> str: ...
+
+
+@dataclass(frozen=True)
+class Parts:
+    """What an LLM is assembled from."""
+
+    runner: LoadedRunner
+    tokenizer: Tokenizer
+    model_config: ModelConfig
+    generation_config: Mapping[str, Any]
+
+
+def load_parts(
+    model: str | Path,
+    *,
+    vocab_file: str | Path | None,
+    merges_file: str | Path | None,
+    tokenizer_overrides: Mapping[str, Any] | None,
+    **runner_options: Any,
+) -> Parts:
+    """Opens the checkpoint; loads configuration, tokenizer and weights, the cheap before the expensive."""
+    from llm_boost.checkpoint import open_checkpoint
+    from llm_boost.engine.native_runner import NativeRunner
+    from llm_boost.models.config import ModelConfig
+    from llm_boost.tokenization import Tokenizer, load_tokenizer
+
+    checkpoint = open_checkpoint(model)
+    is_gguf = checkpoint.format == "gguf"
+    source = checkpoint.path if is_gguf else checkpoint.path / "config.json"
+    model_config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
+    if is_gguf and not (vocab_file or merges_file or tokenizer_overrides):
+        tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+    else:
+        tokenizer = load_tokenizer(
+            checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent,
+            vocab_file=None if vocab_file is None else Path(vocab_file),
+            merges_file=None if merges_file is None else Path(merges_file),
+            overrides=tokenizer_overrides,
+        )
+    runner = NativeRunner.load(checkpoint, model_config, **runner_options)
+    return Parts(runner, tokenizer, model_config, checkpoint.generation_config)
+
+
+class LLM:
+    """Loads a model once, then completes prompts and chats, many at a time.
+
+    Not thread-safe: use an LLM from one thread. A prompt or parameter out of range raises RequestError before
+    any prompt runs; a model that fails while it runs raises EngineError.
+
+    Args:
+        model: a Hugging Face directory or a GGUF file.
+        dtype: of the weights: auto, float32, bfloat16, int8 or int4.
+        max_model_len: tokens of prompt and output together; by default what the model was made for.
+        threads: by default one for each physical core.
+        seed: for requests without a seed of their own.
+        cache_dir: where packed weights are kept.
+        block_size, num_blocks, kv_cache_memory: of the KV cache, in tokens, blocks and bytes; by default
+            chosen to hold max_num_seqs sequences within a part of the free memory.
+        max_num_seqs: sequences that run at the same time.
+        max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
+            smoother for the requests that run beside them.
+        vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
+        progress: shows progress bars when packing takes long; by default when standard error is a terminal.
+        vllm_options: other arguments of vLLM's LLM, accepted at the values at which they ask for nothing.
+    """
+
+    def __init__(
+        self,
+        model: str | Path,
+        *,
+        dtype: str = "auto",
+        max_model_len: int | None = None,
+        threads: int | None = None,
+        seed: int = 0,
+        cache_dir: str | Path | None = None,
+        block_size: int | None = None,
+        num_blocks: int | None = None,
+        kv_cache_memory: int | None = None,
+        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
+        max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        vocab_file: str | Path | None = None,
+        merges_file: str | Path | None = None,
+        tokenizer_overrides: Mapping[str, Any] | None = None,
+        progress: bool | None = None,
+        **vllm_options: Any,
+    ) -> None:
+        check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters))
+        Engine.check_limits(max_num_seqs, max_num_batched_tokens, seed)
+        self._parts = load_parts(
+            model,
+            vocab_file=vocab_file,
+            merges_file=merges_file,
+            tokenizer_overrides=tokenizer_overrides,
+            dtype=dtype,
+            threads=threads,
+            cache_dir=cache_dir,
+            max_model_len=max_model_len,
+            block_size=block_size,
+            num_blocks=num_blocks,
+            kv_cache_memory=kv_cache_memory,
+            max_num_batched_tokens=max_num_batched_tokens,
+            max_num_seqs=max_num_seqs,
+            progress=progress,
+        )
+        self.engine = Engine(
+            self._parts.runner,
+            self._parts.tokenizer,
+            self._eos_token_ids(),
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            seed=seed,
+            threads=self._parts.runner.threads,
+        )
+        self._outbox = Outbox(self.engine)
+
+    @property
+    def tokenizer(self) -> Tokenizer:
+        return self._parts.tokenizer
+
+    @property
+    def model_config(self) -> ModelConfig:
+        return self._parts.model_config
+
+    @property
+    def max_model_len(self) -> int:
+        return self._parts.runner.max_model_len
+
+    @property
+    def weight_bytes(self) -> int:
+        """Size of the packed weights."""
+        return self._parts.runner.weight_bytes
+
+    @property
+    def threads(self) -> int:
+        return self._parts.runner.threads
+
+    @property
+    def isa(self) -> str:
+        """The instruction set in use."""
+        return self._parts.runner.isa
+
+    def default_sampling_params(self) -> SamplingParams:
+        """What the model's generation_config.json asks for; it is what requests without parameters get."""
+        names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
+        config = self._parts.generation_config
+        given = {name: config[name] for name in names if config.get(name) is not None}
+        if config.get("do_sample") is False:
+            given["temperature"] = 0.0
+        return SamplingParams(**given)
+
+    def generate(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+    ) -> list[RequestOutput]:
+        """Completes the prompts, all at once; outputs are in the prompts' order. `use_tqdm` shows a bar."""
+        ids = self._add(prompts, sampling_params, stream=False)
+        outputs: Iterable[RequestOutput] = self._outbox.open(ids)
+        if use_tqdm:
+            outputs = _with_progress_bar(outputs, len(ids))
+        finished = {output.request_id: output for output in outputs}
+        return [finished[request_id] for request_id in ids]
+
+    def stream(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+    ) -> OutputStream:
+        """Like `generate`, but gives each request's output as it grows; `outputs[i].delta` is the new text.
+
+        Closing the iterator early aborts what still runs.
+        """
+        return self._outbox.open(self._add(prompts, sampling_params, stream=True))
+
+    def chat(
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
+        *,
+        use_tqdm: bool = False,
+        chat_template: str | None = None,
+        add_generation_prompt: bool = True,
+        tools: Sequence[Mapping[str, Any]] | None = None,
+        chat_template_kwargs: Mapping[str, Any] | None = None,
+    ) -> list[RequestOutput]:
+        """Answers a conversation, or a list of them, through the model's chat template."""
+        prompts = self.chat_prompts(
+            messages,
+            chat_template=chat_template,
+            add_generation_prompt=add_generation_prompt,
+            tools=tools,
+            **(chat_template_kwargs or {}),
+        )
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+
+    def chat_prompts(
+        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template_options: Any
+    ) -> list[Prompt]:
+        """The prompts of one conversation or several, for `generate` or `stream`."""
+        if not isinstance(messages, (list, tuple)) or not messages:
+            raise RequestError("messages: got none, allowed a list of messages, or a list of such lists")
+        conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
+        prompts: list[Prompt] = []
+        for conversation in conversations:
+            text = self.tokenizer.apply_chat_template(conversation, **template_options)
+            ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template writes its own
+            prompts.append({"prompt": text, "prompt_token_ids": ids})
+        return prompts
+
+    def _add(
+        self,
+        prompts: Prompt | Sequence[Prompt],
+        params: SamplingParams | Sequence[SamplingParams] | None,
+        *,
+        stream: bool,
+    ) -> list[str]:
+        """Adds all requests or, when one is at fault, none."""
+        prompt_list: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        ids: list[str] = []
+        try:
+            for prompt, own in zip(prompt_list, self._params_for(prompt_list, params), strict=True):
+                ids.append(self.engine.add(prompt, own, stream=stream))
+        except BaseException as error:
+            for request_id in ids:
+                self.engine.abort(request_id)
+            if isinstance(error, RequestError) and len(prompt_list) > 1:
+                raise RequestError(f"prompts[{len(ids)}]: {error}") from None
+            raise
+        return ids
+
+    def _params_for(
+        self, prompts: list[Prompt], params: SamplingParams | Sequence[SamplingParams] | None
+    ) -> list[SamplingParams]:
+        if params is None or isinstance(params, SamplingParams):
+            return [params or self.default_sampling_params()] * len(prompts)
+        if not isinstance(params, (list, tuple)) or not all(isinstance(p, SamplingParams) for p in params):
+            raise RequestError(
+                f"sampling_params: got {type(params).__name__}, allowed SamplingParams or a list of them"
+            )
+        if len(params) != len(prompts):
+            raise RequestError(
+                f"sampling_params: got {len(params)}, allowed one, or one a prompt ({len(prompts)})"
+            )
+        return list(params)
+
+    def _eos_token_ids(self) -> set[int]:
+        """The tokenizer's and the generation config's ids that end a text, those of the vocabulary."""
+        named = self._parts.generation_config.get("eos_token_id")
+        ids = {*self.tokenizer.eos_token_ids, *(named if isinstance(named, (list, tuple)) else [named])}
+        return {i for i in ids if isinstance(i, int) and 0 <= i < self._parts.runner.vocab_size}
+
+
+def _with_progress_bar(outputs: Iterable[RequestOutput], total: int) -> Iterator[RequestOutput]:
+    from rich.progress import track
+
+    return iter(track(outputs, description="prompts", total=total, transient=True))

@@ -1,0 +1,155 @@
+"""What a request may ask of the sampler: vLLM's names and defaults, every value checked."""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from numbers import Integral, Real
+from typing import Any
+
+from llm_boost.errors import RequestError
+
+MAX_N = 128
+MAX_TOP_LOGPROBS = 20
+MAX_STOP_STRINGS = 64
+MAX_STOP_STRING_CHARS = 1_000
+MAX_STOP_TOKEN_IDS = 1_024
+MAX_LOGIT_BIAS_ENTRIES = 1_024
+GREEDY_BELOW = 1e-5  # a temperature this small is greedy, as in vLLM
+
+_INT32_MAX = 2**31 - 1
+
+
+@dataclass(frozen=True, kw_only=True)
+class SamplingParams:
+    """How to choose tokens, and when to stop. Raises RequestError for a value out of range.
+
+    The rules apply in vLLM's order: logit bias, stop tokens masked below `min_tokens`, penalties,
+    temperature, min-p, top-k, top-p. The same seed gives the same text in any batch and on any machine.
+    """
+
+    n: int = 1  # completions of the prompt, 1..128
+    temperature: float = 1.0  # 0 is greedy
+    top_p: float = 1.0  # the likeliest tokens that hold this much probability
+    top_k: int = 0  # the k likeliest; 0 or -1 keeps all
+    min_p: float = 0.0  # tokens at least this likely, relative to the likeliest
+    repetition_penalty: float = (
+        1.0  # over prompt and output; divides positive logits, multiplies negative ones
+    )
+    presence_penalty: float = 0.0  # subtracted once from tokens of the output
+    frequency_penalty: float = 0.0  # subtracted for each occurrence in the output
+    seed: int | None = None  # None: drawn from the engine's seed and the request's number
+    stop: str | Sequence[str] | None = None  # strings that end the text
+    stop_token_ids: Sequence[int] | None = None  # tokens that end the text, beside the model's own
+    ignore_eos: bool = False
+    include_stop_str_in_output: bool = False
+    max_tokens: int | None = 16  # None: as many as fit
+    min_tokens: int = 0  # no stop before this many
+    logprobs: int | None = None  # 0: of each chosen token; N: of the N likeliest too
+    logit_bias: Mapping[int, float] | None = None  # token id -> -100..100, added to its logit
+    skip_special_tokens: bool = True  # in the text; token_ids has them always
+
+    def __post_init__(self) -> None:
+        checked: dict[str, Any] = {
+            "n": _integer("n", self.n, 1, MAX_N),
+            "temperature": _real("temperature", self.temperature, 0, 100),
+            "top_p": _real("top_p", self.top_p, 0, 1, above=True),
+            "top_k": max(_integer("top_k", self.top_k, -1, _INT32_MAX), 0),
+            "min_p": _real("min_p", self.min_p, 0, 1),
+            "repetition_penalty": _real("repetition_penalty", self.repetition_penalty, 0.01, 100),
+            "presence_penalty": _real("presence_penalty", self.presence_penalty, -2, 2),
+            "frequency_penalty": _real("frequency_penalty", self.frequency_penalty, -2, 2),
+            "seed": None if self.seed is None else _integer("seed", self.seed, -(2**63), 2**64 - 1),
+            "stop": _stop_strings(self.stop),
+            "stop_token_ids": _stop_token_ids(self.stop_token_ids),
+            "ignore_eos": _boolean("ignore_eos", self.ignore_eos),
+            "include_stop_str_in_output": _boolean(
+                "include_stop_str_in_output", self.include_stop_str_in_output
+            ),
+            "max_tokens": None
+            if self.max_tokens is None
+            else _integer("max_tokens", self.max_tokens, 1, _INT32_MAX),
+            "min_tokens": _integer("min_tokens", self.min_tokens, 0, _INT32_MAX),
+            "logprobs": None
+            if self.logprobs is None
+            else _integer("logprobs", self.logprobs, 0, MAX_TOP_LOGPROBS),
+            "logit_bias": _logit_bias(self.logit_bias),
+            "skip_special_tokens": _boolean("skip_special_tokens", self.skip_special_tokens),
+        }
+        if checked["temperature"] < GREEDY_BELOW:
+            checked["temperature"] = 0.0
+        for name, value in checked.items():
+            object.__setattr__(self, name, value)
+        if self.max_tokens is not None and self.min_tokens > self.max_tokens:
+            raise RequestError(
+                f"min_tokens: got {self.min_tokens}, allowed 0..max_tokens ({self.max_tokens})"
+            )
+
+    @property
+    def stop_strings(self) -> tuple[str, ...]:
+        assert not isinstance(self.stop, str)  # __post_init__ has made it a tuple
+        return tuple(self.stop or ())
+
+
+def _fault(name: str, value: object, allowed: str) -> RequestError:
+    shown = repr(value)
+    return RequestError(f"{name}: got {shown if len(shown) <= 80 else shown[:77] + '...'}, allowed {allowed}")
+
+
+def _real(name: str, value: Any, low: float, high: float, *, above: bool = False) -> float:
+    allowed = f"a number {'above' if above else 'from'} {low} {'and at most' if above else 'to'} {high}"
+    if isinstance(value, bool) or not isinstance(value, Real):
+        raise _fault(name, value, allowed)
+    number = float(value)
+    if not math.isfinite(number) or not low <= number <= high or (above and number == low):
+        raise _fault(name, value, allowed)
+    return number
+
+
+def _integer(name: str, value: Any, low: int, high: int) -> int:
+    if isinstance(value, bool) or not isinstance(value, Integral) or not low <= int(value) <= high:
+        raise _fault(name, value, f"an integer from {low} to {high}")
+    return int(value)
+
+
+def _boolean(name: str, value: Any) -> bool:
+    if not isinstance(value, bool):
+        raise _fault(name, value, "True or False")
+    return value
+
+
+def _stop_strings(value: Any) -> tuple[str, ...]:
+    strings = (value,) if isinstance(value, str) else () if value is None else value
+    if not isinstance(strings, (list, tuple)) or not all(isinstance(s, str) for s in strings):
+        raise _fault("stop", value, "a string or a list of strings")
+    if len(strings) > MAX_STOP_STRINGS:
+        raise _fault("stop", f"{len(strings)} strings", f"at most {MAX_STOP_STRINGS}")
+    for string in strings:
+        if not 1 <= len(string) <= MAX_STOP_STRING_CHARS:
+            raise _fault(
+                "stop", f"a string of {len(string)} characters", f"1..{MAX_STOP_STRING_CHARS} characters"
+            )
+    return tuple(strings)
+
+
+def _stop_token_ids(value: Any) -> tuple[int, ...]:
+    ids = () if value is None else value
+    if not isinstance(ids, (list, tuple)):
+        raise _fault("stop_token_ids", value, "a list of token ids")
+    if len(ids) > MAX_STOP_TOKEN_IDS:
+        raise _fault("stop_token_ids", f"{len(ids)} ids", f"at most {MAX_STOP_TOKEN_IDS}")
+    return tuple(_integer("stop_token_ids", token, 0, _INT32_MAX) for token in ids)
+
+
+def _logit_bias(value: Any) -> dict[int, float] | None:
+    if value is None:
+        return None
+    if not isinstance(value, Mapping):
+        raise _fault("logit_bias", value, "a mapping of token id to bias")
+    if len(value) > MAX_LOGIT_BIAS_ENTRIES:
+        raise _fault("logit_bias", f"{len(value)} entries", f"at most {MAX_LOGIT_BIAS_ENTRIES}")
+    return {
+        _integer("logit_bias key", token, 0, _INT32_MAX): _real(f"logit_bias[{token}]", bias, -100, 100)
+        for token, bias in value.items()
+    }

@@ -1,0 +1,114 @@
+"""Which tokens the next step computes: continuous batching with chunked prefill under one token budget."""
+
+from __future__ import annotations
+
+from bisect import insort
+from operator import attrgetter
+from typing import NamedTuple
+
+from llm_boost.engine.block_manager import BlockManager
+from llm_boost.engine.sequence import Sequence
+
+_ORDER = attrgetter("order")
+
+
+class Chunk(NamedTuple):
+    """The next `num_tokens` uncomputed tokens of a sequence."""
+
+    sequence: Sequence
+    num_tokens: int
+
+    @property
+    def is_last(self) -> bool:
+        """Nothing stays uncomputed, so the logits of its last token give the sequence's next one."""
+        return self.num_tokens == self.sequence.num_uncomputed
+
+
+class Scheduler:
+    """First come, first served.
+
+    Each step takes one token of every decoding sequence, then chunks of the prompts under way, then
+    prompts that wait, until `max_num_batched_tokens` are taken or `max_num_seqs` sequences run. A sequence is
+    admitted when there are blocks for all its tokens, and gets one more when a decode needs it. When there is
+    none, the newest sequence gives up its blocks and waits to be computed again: the oldest always ends.
+    """
+
+    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
+        assert 1 <= max_num_seqs <= max_num_batched_tokens  # or a decode could find the budget spent
+        self.blocks = blocks
+        self.max_num_seqs = max_num_seqs
+        self.max_num_batched_tokens = max_num_batched_tokens
+        self.waiting: list[Sequence] = []  # both in the order of arrival
+        self.running: list[Sequence] = []
+        self.num_preemptions = 0
+
+    @property
+    def has_work(self) -> bool:
+        return bool(self.waiting or self.running)
+
+    def add(self, sequence: Sequence) -> None:
+        insort(self.waiting, sequence, key=_ORDER)
+
+    def finish(self, sequence: Sequence) -> None:
+        """Forgets a sequence, wherever it is."""
+        (self.running if sequence in self.running else self.waiting).remove(sequence)
+        self.blocks.release(sequence)
+
+    def schedule(self) -> list[Chunk]:
+        chunks: list[Chunk] = []
+        budget = self.max_num_batched_tokens
+        short_of_blocks = self._make_room()
+        for sequence in sorted(self.running, key=lambda s: s.num_uncomputed > 1):  # decodes first
+            if budget == 0:
+                break
+            chunks.append(Chunk(sequence, min(sequence.num_uncomputed, budget)))
+            budget -= chunks[-1].num_tokens
+        while budget > 0 and not short_of_blocks and (admitted := self._admit()):
+            chunks.append(Chunk(admitted, min(admitted.num_uncomputed, budget)))
+            budget -= chunks[-1].num_tokens
+        return chunks
+
+    def _make_room(self) -> bool:
+        """Gives each running sequence its blocks, the oldest first; True if another lost its own for that."""
+        preempted = False
+        served = 0
+        while served < len(self.running):
+            if self.blocks.grow(self.running[served]):
+                served += 1
+            else:
+                self._preempt(self.running.pop())
+                preempted = True
+        return preempted
+
+    def _preempt(self, newest: Sequence) -> None:
+        self.blocks.release(newest)
+        self.add(newest)
+        self.num_preemptions += 1
+
+    def _admit(self) -> Sequence | None:
+        """Moves the first waiting sequence to the running ones, if there is room."""
+        if not self.waiting or len(self.running) >= self.max_num_seqs:
+            return None
+        sequence = self.waiting[0]
+        donor, shared = self._find_donor(sequence)
+        if donor and donor.num_computed < shared * self.blocks.block_size:
+            return None  # the blocks to share come with the donor's next chunks
+        # One free block for each running sequence stays, or the newcomer would soon be preempted.
+        if self.blocks.missing(sequence) - shared + len(self.running) > self.blocks.num_free:
+            return None
+        if donor:
+            self.blocks.share(donor, sequence, shared)
+        self.blocks.grow(sequence)
+        insort(self.running, self.waiting.pop(0), key=_ORDER)
+        return sequence
+
+    def _find_donor(self, sequence: Sequence) -> tuple[Sequence | None, int]:
+        """A running sequence of the same request, and how many blocks of the prompt it can share.
+
+        The prompt's last token is not shared: it must be computed for its logits.
+        """
+        shared = (sequence.num_prompt_tokens - 1) // self.blocks.block_size
+        for donor in self.running if shared else ():
+            if donor.order[0] == sequence.order[0]:
+                return donor, shared
+        return None, 0

@@ -1,0 +1,70 @@
+"""One completion in the making: its tokens, how many of them are in the cache, and in which blocks."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from llm_boost.engine.batch import Int32Array
+
+
+class Sequence:
+    """A prompt and the tokens made from it so far.
+
+    `order` is (request number, index in the request): who came first. Tokens 0 .. num_computed - 1 are in
+    the cache; a step computes the next, and once all are computed the logits of the last give a new token.
+    """
+
+    __slots__ = (
+        "_blocks",
+        "_tokens",
+        "num_blocks",
+        "num_computed",
+        "num_prompt_tokens",
+        "num_tokens",
+        "order",
+    )
+
+    def __init__(self, order: tuple[int, int], prompt: Int32Array, max_tokens: int, max_blocks: int) -> None:
+        self.order = order
+        self.num_prompt_tokens = self.num_tokens = len(prompt)
+        self.num_computed = 0
+        self.num_blocks = 0
+        # Arrays, not lists: a step copies slices of them into its batch.
+        self._tokens = np.empty(len(prompt) + max_tokens, np.int32)
+        self._tokens[: len(prompt)] = prompt
+        self._blocks = np.empty(max_blocks, np.int32)
+
+    @property
+    def tokens(self) -> Int32Array:
+        """Prompt and output [num_tokens]; a view."""
+        return self._tokens[: self.num_tokens]
+
+    @property
+    def block_table(self) -> Int32Array:
+        """Block ids [num_blocks]; a view."""
+        return self._blocks[: self.num_blocks]
+
+    @property
+    def num_generated(self) -> int:
+        return self.num_tokens - self.num_prompt_tokens
+
+    @property
+    def num_uncomputed(self) -> int:
+        return self.num_tokens - self.num_computed
+
+    @property
+    def is_full(self) -> bool:
+        """No token may follow."""
+        return self.num_tokens == len(self._tokens)
+
+    def append(self, token: int) -> None:
+        self._tokens[self.num_tokens] = token
+        self.num_tokens += 1
+
+    def append_block(self, block: int) -> None:
+        self._blocks[self.num_blocks] = block
+        self.num_blocks += 1
+
+    def forget(self) -> None:
+        """Nothing of it is in the cache any more."""
+        self.num_blocks = self.num_computed = 0
