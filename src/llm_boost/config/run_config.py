@@ -1,4 +1,4 @@
-"""One frozen configuration of a run: flags over environment over YAML. The model or a default fills the rest."""
+"""One frozen configuration of a run: flags over environment over YAML. The model fills the rest."""
 
 from __future__ import annotations
 
@@ -101,8 +101,8 @@ def resolve(
 ) -> Resolved:
     """Merges flags (None: not given), environment and YAML, in this order of precedence, and validates them.
 
-    `flags` takes RunConfig's field names, besides load_checkpoint (another name of model) and those that ask for
-    ranks: use_parallel, device_num, device_id, only_save_strategy. Raises ConfigError.
+    `flags` takes RunConfig's field names, besides load_checkpoint (another name of model) and those that ask
+    for ranks: use_parallel, device_num, device_id, only_save_strategy. Raises ConfigError.
     """
     flags = {name: value for name, value in flags.items() if value is not None}
     notes: list[str] = []
@@ -120,7 +120,7 @@ def resolve(
     )
     if "model" not in settings:
         raise ConfigError(
-            "no model: give --model (a directory, a .gguf file or a pulled name), or load_checkpoint in the YAML"
+            "no model: give --model (a directory, a .gguf file, a pulled name) or load_checkpoint in the YAML"
         )
     for name in ("vocab_file", "merges_file"):
         if name in settings and not Path(settings[name].value).expanduser().exists():

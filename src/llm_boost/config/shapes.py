@@ -48,7 +48,7 @@ def check_shapes(yaml_config: LlmBoostYaml, hf_config: Mapping[str, Any], hf_pat
 
 
 def to_hf_config(yaml_config: LlmBoostYaml) -> dict[str, Any]:
-    """A config.json for a checkpoint that has none: the YAML, and where it is silent LlmBoostConfig's defaults.
+    """A config.json for a checkpoint without one: the YAML, and where it is silent LlmBoostConfig's defaults.
 
     An absent intermediate_size follows MindFormers: 8/3 of hidden_size, rounded up to a multiple of 256.
     """
