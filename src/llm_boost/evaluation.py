@@ -1,9 +1,9 @@
 """Perplexity of a text, and how far a quantised model is from its reference.
 
 Perplexity is exp of the mean negative log-likelihood of the scored tokens. The divergence is
-KL(reference || model) in nats, the mean over the same positions. Both depend on the protocol: windows of `context`
-tokens that start `stride` tokens apart, each scoring what no window before it has scored, with or without a
-beginning-of-sequence token in front of each. Figures of different protocols cannot be compared.
+KL(reference || model) in nats, the mean over the same positions. Both depend on the protocol: windows of
+`context` tokens that start `stride` tokens apart, each scoring what no window before it has scored, with or
+without a beginning-of-sequence token in front of each. Figures of different protocols cannot be compared.
 """
 
 from __future__ import annotations
@@ -88,7 +88,7 @@ def evaluate(
     """Scores `token_ids` on `runner` and, step by step beside it, on `reference`.
 
     The runners must be idle: blocks 0, 1, ... of their caches are overwritten. `progress` gets (windows done,
-    windows, what). Raises ConfigError when a window does not fit a runner, RequestError when there is nothing to score.
+    windows, what). Raises ConfigError when a window does not fit a runner, RequestError for a text too short.
     """
     runners = [runner] if reference is None else [runner, reference]
     for each in runners:

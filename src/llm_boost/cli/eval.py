@@ -9,6 +9,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
+from llm_boost.cli.load import build_llm
 from llm_boost.cli.options import model_options
 from llm_boost.cli.progress import LoadProgress
 from llm_boost.errors import RequestError
@@ -43,17 +44,17 @@ def eval_command(
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Perplexity of a text; with --reference_dtype also mean KL divergence and the share of equal top tokens."""
-    from llm_boost.cli.load import build_llm
-    from llm_boost.config.run_config import resolve
+    """Perplexity of a text; with --reference_dtype also mean KL divergence and share of equal top tokens."""
+    from llm_boost.config.run_config import check_dtype, resolve
     from llm_boost.evaluation import Protocol, evaluate
 
     text = _read_text(text_file)
     flags["seq_length"] = context
     resolved = resolve(flags)
-    reference_resolved = resolve({**flags, "dtype": reference_dtype}) if reference_dtype else None
+    if reference_dtype is not None:
+        reference_dtype = check_dtype("--reference_dtype", reference_dtype)
     llm = build_llm(resolved)
-    reference = build_llm(reference_resolved) if reference_resolved else None
+    reference = build_llm(resolve({**flags, "dtype": reference_dtype})) if reference_dtype else None
     token_ids, bos = _tokens(llm.tokenizer, text)
     span = context - (bos is not None)
     protocol = Protocol(context=context, stride=span if stride is None else stride, bos=bos)
@@ -108,10 +109,10 @@ def _lines(report: dict[str, Any]) -> str:
         f"perplexity ({report['dtype']}): {report['perplexity']:.4f} +- {report['perplexity_error']:.4f}",
     ]
     if "mean_kl" in report:
-        name = report["reference_dtype"]
+        name, kl, error = report["reference_dtype"], report["mean_kl"], report["mean_kl_error"]
         lines += [
             f"perplexity ({name}): {report['reference_perplexity']:.4f}",
-            f"mean KL({name} || {report['dtype']}): {report['mean_kl']:.6f} +- {report['mean_kl_error']:.6f} nats",
+            f"mean KL({name} || {report['dtype']}): {kl:.6f} +- {error:.6f} nats",
             f"same top token: {100 * report['same_top']:.2f} %",
         ]
     return "\n".join(lines)

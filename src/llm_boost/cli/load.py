@@ -5,7 +5,6 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_boost.cli.progress import LoadProgress
 from llm_boost.config.locations import find_model
 
 if TYPE_CHECKING:
@@ -22,21 +21,19 @@ def build_llm(resolved: Resolved) -> LLM:
         _check_against_checkpoint(resolved.yaml, path)
     from llm_boost import LLM
 
-    with LoadProgress() as progress:
-        return LLM(
-            model=str(path),
-            dtype=config.dtype,
-            max_model_len=config.seq_length,
-            threads=config.threads,
-            seed=config.seed,
-            cache_dir=str(config.cache_dir),
-            block_size=config.block_size,
-            num_blocks=config.num_blocks,
-            vocab_file=config.vocab_file and str(config.vocab_file),
-            merges_file=config.merges_file and str(config.merges_file),
-            tokenizer_overrides=config.tokenizer_overrides or None,
-            progress=progress,
-        )
+    return LLM(
+        model=path,
+        dtype=config.dtype,
+        max_model_len=config.seq_length,
+        threads=config.threads,
+        seed=config.seed,
+        cache_dir=config.cache_dir,
+        block_size=config.block_size,
+        num_blocks=config.num_blocks,
+        vocab_file=config.vocab_file,
+        merges_file=config.merges_file,
+        tokenizer_overrides=config.tokenizer_overrides or None,
+    )
 
 
 def _check_against_checkpoint(yaml_config: LlmBoostYaml, path: Path) -> None:

@@ -203,16 +203,21 @@ def _request(llm: LLM, config: RunConfig, number: int, prompt: Prompt) -> _Reque
         asked["stop_token_ids"] = config.eos_token_ids
     own = asked.pop("max_new_tokens", config.max_new_tokens)
     try:
-        params = SamplingParams(max_tokens=own or _tokens_left(config, len(token_ids)), **asked)
+        max_tokens = _tokens_left(config, len(token_ids)) if own is None else own
+        params = SamplingParams(max_tokens=max_tokens, **asked)
     except RequestError as error:
         raise RequestError(f"prompt {number}: {error}") from None
     return _Request(prompt, token_ids, (prompt.text or "") if prompt.echo else "", params)
 
 
 def _sampling(llm: LLM, config: RunConfig) -> dict[str, Any]:
-    """What flags and files say of sampling, over the model's generation_config.json."""
-    model = llm.default_sampling_params()
+    """What flags and files say of sampling, over the model's generation_config.json; else greedy."""
+    from llm_boost import SamplingParams
+
     names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    model = llm.default_sampling_params()
+    if model == SamplingParams():
+        model = SamplingParams(temperature=0.0)
     sampling = {**{name: getattr(model, name) for name in names}, **config.sampling()}
     if config.do_sample and config.temperature is None and sampling["temperature"] == 0:
         sampling["temperature"] = 1.0

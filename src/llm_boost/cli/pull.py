@@ -22,7 +22,8 @@ from llm_boost.suggest import did_you_mean
 
 _REPOSITORY_FILES = [
     "config.json", "generation_config.json", "*.safetensors", "*.safetensors.index.json", "*.gguf",
-    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json", "chat_template*",
+    "tokenizer*", "vocab.json", "merges.txt", "special_tokens_map.json", "added_tokens.json",
+    "chat_template*",
 ]  # fmt: skip
 _EXAMPLES = """\b
 Examples:

@@ -58,7 +58,7 @@ def print_throughput(llm: LLM, config: RunConfig, *, as_json: bool) -> None:
                     err=True,
                 )
                 continue
-            row = {"batch_size": batch_size, "prompt_tokens": length}
+            row: dict[str, float] = {"batch_size": batch_size, "prompt_tokens": length}
             row |= _measure(llm, config, draw, batch_size, length)
             click.echo(json.dumps(row) if as_json else _line(row), nl=True)
 

@@ -6,9 +6,9 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple
+from typing import Annotated, Any, Literal, NamedTuple, get_args
 
-from pydantic import BaseModel, BeforeValidator, ConfigDict, Field, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_boost.config.llm_boost_yaml import LlmBoostYaml
 from llm_boost.config.locations import cache_folder
@@ -23,10 +23,18 @@ ENVIRONMENT = {  # variable: field
 }
 _DTYPE_ALIASES = {"fp32": "float32", "bf16": "bfloat16"}
 _FLOAT16 = ("float16", "fp16")
+Dtype = Literal["auto", "float32", "bfloat16", "int8", "int4"]
 
 
-def _canonical_dtype(value: object) -> object:
-    return _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+def check_dtype(origin: str, value: object) -> str:
+    """The dtype's full name; for another value a ConfigError that starts with `origin`, such as `--dtype`."""
+    dtype = _DTYPE_ALIASES.get(value, value) if isinstance(value, str) else value
+    if dtype not in get_args(Dtype):
+        hint = "; float16 overflows on Qwen2: use bfloat16" if value in _FLOAT16 else ""
+        raise ConfigError(
+            f"{origin}: got {value!r}, allowed: auto, float32 (fp32), bfloat16 (bf16), int8, int4{hint}"
+        )
+    return str(dtype)
 
 
 Positive = Annotated[int, Field(ge=1, le=2**31 - 1)]
@@ -38,9 +46,7 @@ class RunConfig(BaseModel):
     model_config = ConfigDict(extra="forbid", frozen=True, protected_namespaces=())
 
     model: str
-    dtype: Annotated[
-        Literal["auto", "float32", "bfloat16", "int8", "int4"], BeforeValidator(_canonical_dtype)
-    ] = "auto"
+    dtype: Dtype = "auto"
     seq_length: Positive | None = None  # tokens of prompt and continuation that a sequence can hold
     max_decode_length: Positive | None = None  # tokens of prompt and continuation that a run stops at
     max_new_tokens: Positive | None = None  # tokens of the continuation alone; outranks max_decode_length
@@ -122,6 +128,9 @@ def resolve(
         raise ConfigError(
             "no model: give --model (a directory, a .gguf file, a pulled name) or load_checkpoint in the YAML"
         )
+    if "dtype" in settings:
+        dtype = settings["dtype"]
+        settings["dtype"] = dtype._replace(value=check_dtype(dtype.origin, dtype.value))
     for name in ("vocab_file", "merges_file"):
         if name in settings and not Path(settings[name].value).expanduser().exists():
             raise ConfigError(
@@ -270,8 +279,5 @@ def _first_line(error: ValidationError, settings: Mapping[str, _Setting]) -> str
     name = str(problem["loc"][0])
     setting = settings.get(name)
     origin, value = (setting.origin, setting.value) if setting else (name, problem["input"])
-    if name == "dtype":
-        hint = "; float16 overflows on Qwen2: use bfloat16" if value in _FLOAT16 else ""
-        return f"{origin}: got {value!r}, allowed: auto, float32 (fp32), bfloat16 (bf16), int8, int4{hint}"
     allowed = problem["msg"].removeprefix("Input should be ")
     return f"{origin}: got {value!r}, allowed: {allowed}"
