@@ -1,0 +1,58 @@
+"""What several verbs share: types and flags of the command line, and lines on stderr."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from typing import Any, TypeVar
+
+import click
+
+F = TypeVar("F", bound=Callable[..., Any])
+
+
+class _BoolText(click.ParamType[bool]):
+    """`True` or `False` in any case, as MindFormers' flags take it."""
+
+    name = "boolean text"
+
+    def get_metavar(self, param: click.Parameter, ctx: click.Context) -> str:
+        return "True|False"
+
+    def convert(self, value: Any, param: click.Parameter | None, ctx: click.Context | None) -> bool:
+        if isinstance(value, bool):
+            return value
+        if value.lower() not in ("true", "false"):
+            self.fail(f"got {value!r}, allowed: True or False", param, ctx)
+        return bool(value.lower() == "true")
+
+
+BOOL_TEXT = _BoolText()
+
+
+def model_options(function: F) -> F:
+    """Flags of every verb that loads a model."""
+    for decorate in reversed(
+        [
+            click.option(
+                "--model", metavar="DIR|GGUF|NAME", help="Model: a directory, a .gguf file, or a pulled name."
+            ),
+            click.option(
+                "--dtype",
+                metavar="TYPE",
+                help="float32 (fp32), bfloat16 (bf16), int8, int4, or auto (the default).",
+            ),
+            click.option(
+                "--threads", type=int, metavar="N", help="Threads (default: the processor's cores)."
+            ),
+            click.option(
+                "--cache_dir", metavar="DIR", help="Packed and pulled models (default: ~/.cache/llm-boost)."
+            ),
+        ]
+    ):
+        function = decorate(function)
+    return function
+
+
+def note(line: str) -> None:
+    """One line for the user, on stderr."""
+    click.echo(f"llm-boost: {line}", err=True)
