@@ -4,9 +4,9 @@
 
 Needs the `reference` extra. For every architecture of `MODELS` it writes
 
-    tests/golden_models/NAME/   config.json, bfloat16 safetensors, a byte-level tokenizer with a chat template
-    tests/goldens/NAME.npz      for each prompt length n: prompt_n [n], greedy_n [32] and logits_n [rows, vocab],
-                                the last rows (all of them for a short prompt)
+    tests/golden_models/NAME/   config.json, bfloat16 safetensors, byte-level tokenizer, chat template
+    tests/goldens/NAME.npz      for each prompt length n: prompt_n [n], greedy_n [32] and
+                                logits_n [rows, vocab], the last rows (all of them for a short prompt)
 """
 
 from __future__ import annotations
@@ -43,8 +43,8 @@ CHAT_TEMPLATE = (
     "{% for message in messages %}<|im_start|>{{ message['role'] }}\n{{ message['content'] }}<|im_end|>\n"
     "{% endfor %}{% if add_generation_prompt %}<|im_start|>assistant\n{% endif %}"
 )
-# 256 bytes, the special tokens, and a few ids without a token, as padded vocabularies have them. Neither this nor
-# the widths below are multiples of what kernels like best: the padding is tested too.
+# 256 bytes, the special tokens, and a few ids without a token, as padded vocabularies have them. Like some of
+# the widths below, it is no multiple of what kernels like best: the padding is tested too.
 COMMON = {
     "vocab_size": 268,
     "num_hidden_layers": 2,
@@ -126,7 +126,7 @@ OLD_CONFIG = "llama"
 
 
 def draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
-    """Random weights under which no part of the model is idle: uneven attention, logits of standard deviation 2."""
+    """Random weights under which no part of the model is idle: uneven attention, logits of deviation 2."""
     tied = model.config.tie_word_embeddings
     for name, weight in model.named_parameters():
         fan_in = weight.shape[-1]
@@ -147,7 +147,7 @@ def draw_weights(model: PreTrainedModel, generator: torch.Generator) -> None:
 
 
 def reference(model: PreTrainedModel, generator: torch.Generator) -> dict[str, np.ndarray] | None:
-    """Prompts, logits and greedy tokens; None where a greedy choice is too close to a tie to be a fair test."""
+    """Prompts, logits and greedy tokens; None where a greedy choice is nearly a tie."""
     golden: dict[str, np.ndarray] = {}
     for length in PROMPT_LENGTHS:
         prompt = torch.randint(0, 256, (1, length), generator=generator)
@@ -167,7 +167,7 @@ def reference(model: PreTrainedModel, generator: torch.Generator) -> dict[str, n
 
 
 def check_health(name: str, model: PreTrainedModel, golden: dict[str, np.ndarray]) -> None:
-    """The goldens would notice a fault: logits are spread, attention looks at some tokens and not at others."""
+    """The goldens would notice a fault: logits are spread, attention prefers some tokens to others."""
     spread = float(np.std(golden["logits_17"]))
     assert 1 < spread < 3, f"{name}: logits have standard deviation {spread:.2f}"
     prompt = torch.from_numpy(golden["prompt_300"])[None].long()
@@ -175,9 +175,7 @@ def check_health(name: str, model: PreTrainedModel, golden: dict[str, np.ndarray
         last = weights[0, :, -1].double()  # [heads, 300]
         effective = (-(last * last.clamp_min(1e-12).log()).sum(-1)).exp()
         assert 2 < effective.mean() < 200, f"{name}: layer {layer} attends to {effective.tolist()} tokens"
-        print(
-            f"{name}: layer {layer}: {effective.mean():.0f} of 300 tokens attended, logit spread {spread:.2f}"
-        )
+        print(f"{name}: layer {layer} attends to {effective.mean():.0f} of 300 tokens, logits {spread:.2f}")
 
 
 def save_tokenizer(directory: Path) -> None:

@@ -2,9 +2,9 @@
 
     python tests/goldens/make_real_goldens.py ~/.cache/llm-boost/models/smollm2-135m
 
-Needs the `reference` extra. The end-of-sequence token is a token like any other here, so that every continuation
-has the same length. `margins` tells how far the best logit stood above the second at each step: where it is within
-float32 noise, two right implementations may part.
+Needs the `reference` extra. The end-of-sequence token is a token like any other here, so that every
+continuation has the same length. `margins` tells how far the best logit stood above the second at each step:
+where it is within float32 noise, two right implementations may part.
 """
 
 from __future__ import annotations
