@@ -1,0 +1,51 @@
+"""Fixtures that several rooms share, and the conditions of the marked tests."""
+
+from __future__ import annotations
+
+import importlib.util
+import os
+from collections.abc import Callable
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import pytest
+
+from golden import model_dir
+
+if TYPE_CHECKING:
+    from llm_boost.engine.batch import ModelRunner
+
+LoadRunner = Callable[[str, str], "ModelRunner"]
+
+
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    no_reference = not all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
+    no_models = "LLM_BOOST_MODELS" not in os.environ
+    for item in items:
+        if no_reference and item.get_closest_marker("reference"):
+            item.add_marker(pytest.mark.skip(reason="needs the reference extra: torch and transformers"))
+        if no_models and item.get_closest_marker("models"):
+            item.add_marker(pytest.mark.skip(reason="needs LLM_BOOST_MODELS, the folder of real checkpoints"))
+
+
+@pytest.fixture(scope="session")
+def load_runner(tmp_path_factory: pytest.TempPathFactory) -> LoadRunner:
+    """load_runner(name, dtype): a golden checkpoint on two threads, loaded once a session."""
+    runners: dict[tuple[str, str], ModelRunner] = {}
+    cache_dir: Path = tmp_path_factory.mktemp("packed")
+
+    def load(name: str, dtype: str) -> ModelRunner:
+        from llm_boost.engine.native_runner import NativeRunner
+        from llm_boost.models.config import ModelConfig
+
+        from llm_boost.checkpoint import open_checkpoint
+
+        if (name, dtype) not in runners:
+            checkpoint = open_checkpoint(model_dir(name))
+            config = ModelConfig.from_hf(checkpoint.config, source=str(model_dir(name)))
+            runners[name, dtype] = NativeRunner.load(
+                checkpoint, config, dtype=dtype, threads=2, cache_dir=cache_dir, max_model_len=512
+            )
+        return runners[name, dtype]
+
+    return load
