@@ -95,7 +95,7 @@ void tile_int(const TileArgs& t, float* __restrict acc) {
     }
     // The float sums stay in the first-level cache: with the integer ones they would not fit the registers.
     LLMB_UNROLL for (int v = 0; v < N; ++v) {
-      const VF code = load_u8(local.codes[v / kParts] + g * kBlockRows + v % kParts * kLanes);
+      const VF code = load_i8(local.codes[v / kParts] + g * kBlockRows + v % kParts * kLanes);
       LLMB_UNROLL for (int m = 0; m < M; ++m) {
         const VF scale = mul(code, set1(local.scales[g * local.stride + m]));
         float* sum = acc + m * kChunkRows + v * kLanes;
@@ -287,7 +287,7 @@ float sum_of_squares(const float* x, size_t n) {
   return total;
 }
 
-constexpr size_t kSlice = 32;  // columns that are normalised and converted at a time
+constexpr size_t kSlice = 64;  // columns that are normalised and converted at a time
 static_assert(kSlice == kGroup);
 
 // y = x * r * norm for up to kSlice columns, zero beyond.
@@ -302,8 +302,10 @@ void normalise(const float* x, const float* norm, float r, size_t n, float* y) {
   for (size_t i = 0; i < kSlice; ++i) y[i] = i >= n ? 0.0f : norm ? x[i] * r * norm[i] : x[i];
 }
 
-// One group as int8 with its scale; returns the sum of the int8 values.
-int32_t quantize_group(const float* y, int8_t* q, float* scale) {
+// One group, transformed and as int8 with its scale; returns the sum of the int8 values. The transform spreads an
+// outlier over the group, which costs less than a smaller group's scales; the packed weights carry its inverse.
+int32_t quantize_group(float* y, int8_t* q, float* scale) {
+  hadamard(y, kGroup);
   VF peak = set1(0.0f);
   for (int i = 0; i < kGroup; i += kLanes) peak = vmax(peak, vabs(load(y + i)));
   const float amax = reduce_max(peak);

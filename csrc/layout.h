@@ -4,7 +4,7 @@
 // row (1 float, 2 bfloat16 or 4 int8 along k), that is one 64-byte vector:
 //
 //   f32, bf16:  block = [steps][16 rows][4 bytes]
-//   int8:       block = [16 f32 row scales][groups][16] u8 scale codes (padded to 64 B)[steps][16][4] u8 (value + 128)
+//   int8:       block = [16 f32 row scales][groups][16] i8 scale codes (padded to 64 B)[steps][16][4] u8 (value + 128)
 //   int4:       the same header, then [steps/2][16][4] bytes: the low nibble belongs to step 2i, the high one to
 //               step 2i+1; a nibble is an index into kInt4Codebook
 //
@@ -22,7 +22,7 @@ enum class Format : int { kF32 = 0, kBF16 = 1, kInt8 = 2, kInt4 = 3 };
 
 constexpr int kBlockRows = 16;
 constexpr int kStepBytes = 64;  // kBlockRows rows of 4 bytes
-constexpr int kGroup = 32;      // columns that share a scale, in weights and in activations
+constexpr int kGroup = 64;      // columns that share a scale, in weights and in activations
 constexpr int kGroupSteps = kGroup / 4;
 
 static constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }

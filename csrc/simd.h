@@ -7,6 +7,7 @@
 #include <cmath>
 #include <cstdint>
 #include <cstring>
+#include <utility>
 
 #if defined(__AVX2__)
 #include <immintrin.h>
@@ -61,8 +62,8 @@ static inline VF to_float(VI a) { return _mm512_cvtepi32_ps(a); }
 static inline VI round_to_int(VF a) { return _mm512_cvtps_epi32(a); }
 static inline int32_t reduce_iadd(VI a) { return _mm512_reduce_add_epi32(a); }
 static inline VI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
-static inline VF load_u8(const uint8_t* p) {
-  return _mm512_cvtepi32_ps(_mm512_cvtepu8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
+static inline VF load_i8(const uint8_t* p) {
+  return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 static inline VF load_bf16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
@@ -147,8 +148,8 @@ static inline int32_t reduce_iadd(VI a) {
   return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
 }
 static inline VI load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
-static inline VF load_u8(const uint8_t* p) {
-  return _mm256_cvtepi32_ps(_mm256_cvtepu8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
+static inline VF load_i8(const uint8_t* p) {
+  return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
 static inline VF load_bf16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
@@ -226,8 +227,10 @@ static inline VI load_bytes(const uint8_t* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
-static inline VF load_u8(const uint8_t* p) {
-  return VF{static_cast<float>(p[0]), static_cast<float>(p[1]), static_cast<float>(p[2]), static_cast<float>(p[3])};
+static inline VF load_i8(const uint8_t* p) {
+  int8_t x[4];
+  std::memcpy(x, p, 4);
+  return VF{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
 }
 static inline VF load_bf16(const uint16_t* p) {
   return VF{float_from_bf16(p[0]), float_from_bf16(p[1]), float_from_bf16(p[2]), float_from_bf16(p[3])};
@@ -270,6 +273,33 @@ static inline void store_bytes(uint8_t* p, VI v) { std::memcpy(p, &v, 16); }
 
 constexpr int kParts = 16 / kLanes;  // native vectors in a 64-byte step
 constexpr int kVectorBytes = kLanes * 4;
+
+// The lanes i and i ^ H of v become their sum and difference.
+template <int H, int... I>
+static inline VF butterfly(VF v, std::integer_sequence<int, I...>) {
+  const VF sign = {(I & H ? -1.0f : 1.0f)...};
+  return fma(v, sign, (VF)__builtin_shufflevector(v, v, (I ^ H)...));
+}
+
+// The Walsh-Hadamard transform of n floats in place, not normalised; n is a power of two and a multiple of kLanes.
+// Sums and differences are rounded alike on every instruction set.
+static inline void hadamard(float* x, int n) {
+  constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
+  for (int i = 0; i < n; i += kLanes) {
+    VF v = butterfly<1>(load(x + i), lanes);
+    v = butterfly<2>(v, lanes);
+    if constexpr (kLanes > 4) v = butterfly<4>(v, lanes);
+    if constexpr (kLanes > 8) v = butterfly<8>(v, lanes);
+    store(x + i, v);
+  }
+  for (int h = kLanes; h < n; h *= 2)
+    for (int i = 0; i < n; i += kLanes)
+      if (!(i & h)) {
+        const VF a = load(x + i), b = load(x + i + h);
+        store(x + i, add(a, b));
+        store(x + i + h, sub(a, b));
+      }
+}
 
 // exp(x) to about 2 units in the last place for x in [-87, 88]; below, exactly zero is not needed: it underflows to ~1e-38.
 static inline VF vexp(VF x) {

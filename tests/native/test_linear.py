@@ -7,7 +7,7 @@ import pytest
 
 from llm_boost import _native
 
-from . import reference as ref
+import packed_reference as ref
 
 FORMATS = ("float32", "bfloat16", "int8", "int4")
 ISAS = _native.available_isas()

@@ -32,10 +32,9 @@ def random_packed(fmt: str, rows: int, cols: int, rng: np.random.Generator) -> n
         return np.frombuffer(steps.tobytes(), np.uint8)
     groups = k // GROUP
     scales = rng.uniform(0.001, 0.01, (blocks, BLOCK)).astype(np.float32)
-    codes = rng.integers(1, 256, (blocks, groups, BLOCK), dtype=np.uint8)
+    codes = rng.integers(-127, 128, (blocks, groups, BLOCK), dtype=np.int8).view(np.uint8)
     if fmt == "int8":
         q = rng.integers(1, 256, (blocks, BLOCK, k), dtype=np.uint8)
-        q[:, :, cols:] = 128
         quants = q.reshape(blocks, BLOCK, k // 4, 4).transpose(0, 2, 1, 3)
     else:
         q = rng.integers(0, 16, (blocks, BLOCK, k), dtype=np.uint8)
@@ -49,7 +48,7 @@ def random_packed(fmt: str, rows: int, cols: int, rng: np.random.Generator) -> n
 
 
 def unpack(packed: np.ndarray, fmt: str, rows: int, cols: int) -> np.ndarray:
-    """The weights that the packed bytes stand for, float64 [rows][cols]."""
+    """The weights that the packed bytes stand for, float64 [rows][cols], of random bytes [rows][padded columns]."""
     blocks, k = round_up(rows, BLOCK) // BLOCK, padded_cols(fmt, cols)
     data = packed.reshape(blocks, -1)
     if fmt in ("float32", "bfloat16"):
@@ -60,7 +59,7 @@ def unpack(packed: np.ndarray, fmt: str, rows: int, cols: int) -> np.ndarray:
     groups = k // GROUP
     header = 64 + round_up(groups * BLOCK, 64)
     scales = np.ascontiguousarray(data[:, :64]).view(np.float32).astype(np.float64)
-    codes = data[:, 64 : 64 + groups * BLOCK].reshape(blocks, groups, BLOCK).transpose(0, 2, 1)
+    codes = data[:, 64 : 64 + groups * BLOCK].view(np.int8).reshape(blocks, groups, BLOCK).transpose(0, 2, 1)
     body = data[:, header:]
     if fmt == "int8":
         steps = body.reshape(blocks, k // 4, BLOCK, 4).astype(np.int32)
@@ -68,12 +67,30 @@ def unpack(packed: np.ndarray, fmt: str, rows: int, cols: int) -> np.ndarray:
         half = body.reshape(blocks, k // 8, BLOCK, 4)
         steps = CODEBOOK[np.stack([half & 15, half >> 4], axis=2).reshape(blocks, k // 4, BLOCK, 4)]
     values = (steps.transpose(0, 2, 1, 3).reshape(blocks, BLOCK, groups, GROUP) - 128).astype(np.float64)
-    w = values * codes[..., None] * scales[:, :, None, None]
-    return w.reshape(blocks * BLOCK, k)[:rows, :cols]
+    w = (values * codes[..., None] * scales[:, :, None, None]) @ hadamard(GROUP)
+    return w.reshape(blocks * BLOCK, k)[:rows]
+
+
+def hadamard(n: int) -> np.ndarray:
+    """Sylvester's matrix [n][n], entries 1 and -1."""
+    h = np.ones((1, 1))
+    while len(h) < n:
+        h = np.block([[h, h], [h, -h]])
+    return h
+
+
+def transform(x: np.ndarray) -> np.ndarray:
+    """x @ hadamard in float32, in the kernels' order of additions, so that borders between levels agree."""
+    h = 1
+    while h < x.shape[-1]:
+        pairs = x.reshape(*x.shape[:-1], -1, 2, h)
+        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
+        h *= 2
+    return x
 
 
 def round_activations(x: np.ndarray, fmt: str) -> np.ndarray:
-    """x as the kernels see it beside weights of `fmt`, float64."""
+    """x as the kernels see it beside weights of `fmt`, float64; [tokens][padded columns] where they are quantised."""
     if fmt == "float32":
         return x.astype(np.float64)
     if fmt == "bfloat16":
@@ -81,11 +98,12 @@ def round_activations(x: np.ndarray, fmt: str) -> np.ndarray:
     tokens, cols = x.shape
     padded = np.zeros((tokens, round_up(cols, GROUP)), np.float32)
     padded[:, :cols] = x
-    groups = padded.reshape(tokens, -1, GROUP)
+    groups = transform(padded.reshape(tokens, -1, GROUP))
     peak = np.abs(groups).max(axis=-1, keepdims=True)
     inverse = np.where(peak > 1e-30, np.float32(127) / np.where(peak > 0, peak, 1), np.float32(0)).astype(np.float32)
     q = np.rint(groups * inverse)
-    return (q.astype(np.float64) * (peak / np.float32(127))).reshape(tokens, -1)[:, :cols]
+    rounded = q.astype(np.float64) * (peak / np.float32(127))
+    return (rounded @ hadamard(GROUP) / GROUP).reshape(tokens, -1)
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:
