@@ -396,12 +396,9 @@ void rope(const RopeArgs& args, size_t kv_head) {
     for (size_t d = 0; d < dim; ++d) {
       uint8_t* to = values + d / 16 * dims_stride + d % 16 * 4;
       const uint16_t x = bf16_from_float(v[d]);
-      if (args.offset % 2) {
-        std::memcpy(to + 2, &x, 2);
-      } else {  // the partner is read with it before it is written: never leave another sequence's value there
-        const uint16_t pair[2] = {x, 0};
-        std::memcpy(to, pair, 4);
-      }
+      std::memcpy(to + args.offset % 2 * 2, &x, 2);
+      // A last even position is read together with the odd one after it: never leave a former owner's value there.
+      if (args.is_last && args.offset % 2 == 0) std::memset(to + 2, 0, 2);
     }
   }
 }

@@ -82,6 +82,7 @@ struct RopeArgs {
   float eps = 0;
   CacheLayer cache;
   size_t block = 0, offset = 0;  // where this position lives
+  bool is_last = false;          // of its sequence
 };
 
 constexpr size_t kAttentionRows = 8;  // query rows (tokens x heads of a group) that share one pass over the keys

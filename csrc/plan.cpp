@@ -179,6 +179,7 @@ struct Plan::Attention : Plan::Op {
     a.cache = cache;
     a.block = c.step.block_tables[seq * c.step.table_width + position / cache.block_size];
     a.offset = position % cache.block_size;
+    a.is_last = position + 1 == static_cast<size_t>(c.step.context_lens[seq]);
     c.plan.kernels_.rope(a, kv_head);
   }
 

@@ -10,12 +10,11 @@ from typing import TYPE_CHECKING
 
 import pytest
 
-from golden import model_dir
+from golden import LoadRunner, model_dir
 
 if TYPE_CHECKING:
     from llm_boost.engine.batch import ModelRunner
 
-LoadRunner = Callable[[str, str], "ModelRunner"]
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -7,8 +7,8 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import LoadRunner
 from golden import (
+    LoadRunner,
     GOLDEN_MODELS,
     NEW_TOKENS,
     PROMPT_LENGTHS,

@@ -56,7 +56,7 @@ def load_parts(
     **runner_options: Any,
 ) -> Parts:
     """Opens the checkpoint; loads configuration, tokenizer and weights, the cheap before the expensive."""
-    from llm_boost.checkpoint.checkpoint import open_checkpoint
+    from llm_boost.checkpoint import open_checkpoint
     from llm_boost.engine.native_runner import NativeRunner
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer, load_tokenizer
