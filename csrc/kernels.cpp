@@ -53,101 +53,116 @@ void tile_float(const TileArgs& t, float* __restrict acc) {
   }
 }
 
-template <Format F, int M, int NB>
+// Steps that are unpacked together.
+template <Format F>
+constexpr int kBundle = F == Format::kInt4 ? 2 : F == Format::kInt6 ? 4 : 1;
+
+// The u8 values of kBundle<F> steps of one native vector; `at` points to the group's values, `s` is the first step.
+template <Format F>
+static inline void unpack_bundle(const uint8_t* at, int s, const Nibbles& codebook, VI* w) {
+  if constexpr (F == Format::kInt8) {
+    w[0] = load_bytes(at + s * kStepBytes);
+  } else if constexpr (F == Format::kInt4) {
+    const VI x = load_bytes(at + s / 2 * kStepBytes);
+    w[0] = codebook.low(x);
+    w[1] = codebook.high(x);
+  } else {
+    const VI a = load_bytes(at + s / 2 * kStepBytes), b = load_bytes(at + (s / 2 + 1) * kStepBytes);
+    const VI pairs = load_bytes(at + (kGroupSteps / 2 + s / 4) * kStepBytes);
+    w[0] = six_bits<0>(a, pairs);
+    w[1] = six_bits<1>(a, pairs);
+    w[2] = six_bits<2>(b, pairs);
+    w[3] = six_bits<3>(b, pairs);
+  }
+}
+
+// Group: columns that share a scale code, kGroup or half of it.
+template <Format F, int Group, int M, int NB>
 void tile_int(const TileArgs& t, float* __restrict acc) {
-  constexpr int N = NB * kParts;
-  const Nibbles nibbles(kInt4Codebook);
+  constexpr int N = NB * kParts, B = kBundle<F>, kCodes = kGroup / Group;
+  const Nibbles codebook(kInt4Codebook);
   const TileArgs local = t;
   const uint8_t* a = local.a;
-  size_t at = 0;  // of the weights, bytes
   for (size_t g = 0; g < local.count; ++g) {
-    VI c[M][N];
-    LLMB_UNROLL for (int m = 0; m < M; ++m) {
-      const VI start = iset1(kUnsignedWeights ? local.offsets[g * local.stride + m] : 0);
-      LLMB_UNROLL for (int v = 0; v < N; ++v) c[m][v] = start;
-    }
-    if constexpr (F == Format::kInt8) {
-      for (int s = 0; s < kGroupSteps; ++s, a += local.stride * 4, at += kStepBytes) {
-        VI w[N];
-        LLMB_UNROLL for (int v = 0; v < N; ++v) {
-          w[v] = load_bytes(local.w[v / kParts] + at + v % kParts * kVectorBytes);
-        }
-        LLMB_UNROLL for (int m = 0; m < M; ++m) {
-          const VI x = broadcast4(a + m * 4);
-          LLMB_UNROLL for (int v = 0; v < N; ++v) c[m][v] = dot_int8(c[m][v], w[v], x);
-        }
-      }
-    } else {
-      for (int s = 0; s < kGroupSteps; s += 2, a += local.stride * 8, at += kStepBytes) {
-        VI low[N], high[N];
-        LLMB_UNROLL for (int v = 0; v < N; ++v) {
-          const VI x = load_bytes(local.w[v / kParts] + at + v % kParts * kVectorBytes);
-          low[v] = nibbles.low(x);
-          high[v] = nibbles.high(x);
-        }
-        LLMB_UNROLL for (int m = 0; m < M; ++m) {
-          const VI x = broadcast4(a + m * 4), y = broadcast4(a + (local.stride + m) * 4);
-          LLMB_UNROLL for (int v = 0; v < N; ++v) {
-            c[m][v] = dot_int8(dot_int8(c[m][v], low[v], x), high[v], y);
-          }
-        }
-      }
-    }
-    // The float sums stay in the first-level cache: with the integer ones they would not fit the registers.
-    LLMB_UNROLL for (int v = 0; v < N; ++v) {
-      const VF code = load_i8(local.codes[v / kParts] + g * kBlockRows + v % kParts * kLanes);
+    const size_t values = g * step_bytes(F, kGroupSteps);
+    for (int part = 0; part < kCodes; ++part) {
+      VI c[M][N];
       LLMB_UNROLL for (int m = 0; m < M; ++m) {
-        const VF scale = mul(code, set1(local.scales[g * local.stride + m]));
-        float* sum = acc + m * kChunkRows + v * kLanes;
-        store(sum, fma(to_float(c[m][v]), scale, load(sum)));
+        const int32_t* offset = local.offsets + 2 * g * local.stride + m;
+        const VI start = !kUnsignedWeights ? iset1(0)
+                         : kCodes == 2     ? iset1(offset[part * local.stride])
+                                           : iset1(offset[0] + offset[local.stride]);
+        LLMB_UNROLL for (int v = 0; v < N; ++v) c[m][v] = start;
+      }
+      for (int s = part * Group / 4; s < (part + 1) * Group / 4; s += B, a += B * local.stride * 4) {
+        VI w[N][B];
+        LLMB_UNROLL for (int v = 0; v < N; ++v) {
+          unpack_bundle<F>(local.w[v / kParts] + values + v % kParts * kVectorBytes, s, codebook, w[v]);
+        }
+        LLMB_UNROLL for (int m = 0; m < M; ++m) LLMB_UNROLL for (int b = 0; b < B; ++b) {
+          const VI x = broadcast4(a + (b * local.stride + m) * 4);
+          LLMB_UNROLL for (int v = 0; v < N; ++v) c[m][v] = dot_int8(c[m][v], w[v][b], x);
+        }
+      }
+      // The float sums stay in the first-level cache: with the integer ones they would not fit the registers.
+      LLMB_UNROLL for (int v = 0; v < N; ++v) {
+        const VF code =
+            load_i8(local.codes[v / kParts] + (g * kCodes + part) * kBlockRows + v % kParts * kLanes);
+        LLMB_UNROLL for (int m = 0; m < M; ++m) {
+          const VF scale = mul(code, set1(local.scales[g * local.stride + m]));
+          float* sum = acc + m * kChunkRows + v * kLanes;
+          store(sum, fma(to_float(c[m][v]), scale, load(sum)));
+        }
       }
     }
   }
 }
 
-template <Format F, int M, int NB>
+template <Format F, int Group, int M, int NB>
 inline void tile(const TileArgs& t, float* acc) {
-  if constexpr (F == Format::kInt8 || F == Format::kInt4)
-    tile_int<F, M, NB>(t, acc);
+  if constexpr (is_quantized(F))
+    tile_int<F, Group, M, NB>(t, acc);
   else
     tile_float<F, M, NB>(t, acc);
 }
 
-template <Format F, int NB>
+template <Format F, int Group, int NB>
 void tile_rows(const TileArgs& t, int rows, float* acc) {
   static_assert(kTileRows == 6 || kTileRows == 2);
   switch (rows) {
-    case 1: return tile<F, 1, NB>(t, acc);
-    case 2: return tile<F, 2, NB>(t, acc);
+    case 1: return tile<F, Group, 1, NB>(t, acc);
+    case 2: return tile<F, Group, 2, NB>(t, acc);
   }
   if constexpr (kTileRows > 2) {
     switch (rows) {
-      case 3: return tile<F, 3, NB>(t, acc);
-      case 4: return tile<F, 4, NB>(t, acc);
-      case 5: return tile<F, 5, NB>(t, acc);
-      case 6: return tile<F, 6, NB>(t, acc);
+      case 3: return tile<F, Group, 3, NB>(t, acc);
+      case 4: return tile<F, Group, 4, NB>(t, acc);
+      case 5: return tile<F, Group, 5, NB>(t, acc);
+      case 6: return tile<F, Group, 6, NB>(t, acc);
     }
   }
 }
 
 // Any number of rows of one panel times up to kChunkBlocks blocks.
-template <Format F>
+template <Format F, int Group = weight_group(F)>
 void panel(TileArgs t, int rows, int blocks, float* acc) {
+  // Four unpacked steps of six bits leave no registers for more.
+  constexpr int kBlocks = F == Format::kInt6 ? 1 : kTileBlocks;
   const uint8_t* const a = t.a;
   const float* const scales = t.scales;
   const int32_t* const offsets = t.offsets;
   for (int b = 0; b < blocks;) {
-    const int nb = blocks - b >= kTileBlocks ? kTileBlocks : 1;
+    const int nb = blocks - b >= kBlocks ? kBlocks : 1;
     for (int m = 0; m < rows; m += kTileRows) {
       const int n = rows - m < kTileRows ? rows - m : kTileRows;
       t.a = a + m * 4;
-      t.scales = scales + m;
-      t.offsets = offsets + m;
+      t.scales = scales ? scales + m : nullptr;
+      t.offsets = offsets ? offsets + m : nullptr;
       float* out = acc + m * kChunkRows + b * kBlockRows;
-      if (nb == kTileBlocks)
-        tile_rows<F, kTileBlocks>(t, n, out);
+      if (nb == kBlocks)
+        tile_rows<F, Group, kBlocks>(t, n, out);
       else
-        tile_rows<F, 1>(t, n, out);
+        tile_rows<F, Group, 1>(t, n, out);
     }
     for (int i = 0; i + nb < kChunkBlocks; ++i) {
       t.w[i] = t.w[i + nb];
@@ -157,26 +172,33 @@ void panel(TileArgs t, int rows, int blocks, float* acc) {
   }
 }
 
-void panel_of(Format f, const TileArgs& t, int rows, int blocks, float* acc) {
+// With `expanded`, the values are those of int8; the scale codes stay those of f.
+void panel_of(Format f, bool expanded, const TileArgs& t, int rows, int blocks, float* acc) {
   switch (f) {
     case Format::kF32: return panel<Format::kF32>(t, rows, blocks, acc);
     case Format::kBF16: return panel<Format::kBF16>(t, rows, blocks, acc);
     case Format::kInt8: return panel<Format::kInt8>(t, rows, blocks, acc);
-    case Format::kInt4: return panel<Format::kInt4>(t, rows, blocks, acc);
+    case Format::kInt4:
+      return expanded ? panel<Format::kInt8, weight_group(Format::kInt4)>(t, rows, blocks, acc)
+                      : panel<Format::kInt4>(t, rows, blocks, acc);
+    case Format::kInt6:
+      return expanded ? panel<Format::kInt8>(t, rows, blocks, acc) : panel<Format::kInt6>(t, rows, blocks, acc);
   }
 }
 
 // ---- linear --------------------------------------------------------------------------------------------------
 
-// Steps of int4 become steps of int8: for a batch it is cheaper to look each nibble up once.
-void expand_int4(const uint8_t* in, size_t num_steps, uint8_t* out) {
-  const Nibbles nibbles(kInt4Codebook);
-  for (size_t s = 0; s < num_steps / 2; ++s)
-    for (int p = 0; p < kParts; ++p) {
-      const VI x = load_bytes(in + s * kStepBytes + p * kVectorBytes);
-      store_bytes(out + 2 * s * kStepBytes + p * kVectorBytes, nibbles.low(x));
-      store_bytes(out + (2 * s + 1) * kStepBytes + p * kVectorBytes, nibbles.high(x));
-    }
+// Steps of int4 or int6 become steps of int8: for a batch it is cheaper to unpack each once.
+template <Format F>
+void expand(const uint8_t* in, size_t num_steps, uint8_t* out) {
+  const Nibbles codebook(kInt4Codebook);
+  for (size_t g = 0; g < num_steps; g += kGroupSteps)
+    for (int p = 0; p < kParts; ++p)
+      for (int s = 0; s < kGroupSteps; s += kBundle<F>) {
+        VI w[kBundle<F>];
+        unpack_bundle<F>(in + step_bytes(F, g) + p * kVectorBytes, s, codebook, w);
+        for (int b = 0; b < kBundle<F>; ++b) store_bytes(out + (g + s + b) * kStepBytes + p * kVectorBytes, w[b]);
+      }
 }
 
 // One row's 16 sums of a block, scaled and with the bias.
@@ -239,7 +261,7 @@ void linear(const LinearArgs& args, size_t block, size_t num_blocks, const Scrat
   const bool quantized = is_quantized(f);
   const size_t per_count = quantized ? kGroupSteps : 1;  // steps in what TileArgs::count counts
   const bool one_panel = args.num_tokens <= kPanelRows;
-  const bool expand = f == Format::kInt4 && !one_panel;
+  const bool expanded = !one_panel && (f == Format::kInt4 || f == Format::kInt6);
   const size_t pass = one_panel ? in.num_steps : kStepsPerPass;
 
   std::memset(scratch.accumulators, 0, args.num_tokens * kChunkRows * sizeof(float));
@@ -249,11 +271,11 @@ void linear(const LinearArgs& args, size_t block, size_t num_blocks, const Scrat
     t.count = n / per_count;
     for (size_t b = 0; b < num_blocks; ++b) {
       const uint8_t* data = weight.data + (block + b) * stride;
-      t.codes[b] = data + 64 + s0 / kGroupSteps * kBlockRows;
-      t.w[b] = data + header + s0 * kStepBytes / (f == Format::kInt4 ? 2 : 1);
-      if (expand) {
+      t.codes[b] = data + 64 + s0 * 4 / weight_group(f) * kBlockRows;
+      t.w[b] = data + header + step_bytes(f, s0);
+      if (expanded) {
         uint8_t* to = scratch.expanded + b * kStepsPerPass * kStepBytes;
-        expand_int4(t.w[b], n, to);
+        f == Format::kInt4 ? expand<Format::kInt4>(t.w[b], n, to) : expand<Format::kInt6>(t.w[b], n, to);
         t.w[b] = to;
       }
     }
@@ -264,9 +286,9 @@ void linear(const LinearArgs& args, size_t block, size_t num_blocks, const Scrat
       if (quantized) {
         const size_t at = row * in.num_groups + s0 / kGroupSteps * rows;
         t.scales = in.scales + at;
-        t.offsets = in.offsets + at;
+        t.offsets = in.offsets + 2 * at;
       }
-      panel_of(expand ? Format::kInt8 : f, t, static_cast<int>(rows), static_cast<int>(num_blocks),
+      panel_of(f, expanded, t, static_cast<int>(rows), static_cast<int>(num_blocks),
                scratch.accumulators + row * kChunkRows);
     }
   }
@@ -302,29 +324,29 @@ void normalise(const float* x, const float* norm, float r, size_t n, float* y) {
   for (size_t i = 0; i < kSlice; ++i) y[i] = i >= n ? 0.0f : norm ? x[i] * r * norm[i] : x[i];
 }
 
-// One group, transformed and as int8 with its scale; returns the sum of the int8 values. The transform spreads an
-// outlier over the group, which costs less than a smaller group's scales; the packed weights carry its inverse.
-int32_t quantize_group(float* y, int8_t* q, float* scale) {
-  hadamard(y, kGroup);
+// One group as int8 with its scale; sums[h] is the sum of half h.
+void quantize_group(const float* y, int8_t* q, float* scale, int32_t sums[2]) {
   VF peak = set1(0.0f);
   for (int i = 0; i < kGroup; i += kLanes) peak = vmax(peak, vabs(load(y + i)));
   const float amax = reduce_max(peak);
   const bool zero = !(amax > 1e-30f);  // all zero, or not a number
   *scale = zero ? 0.0f : amax / 127.0f;
   const VF inverse = set1(zero ? 0.0f : 127.0f / amax);
-  VI sum = iset1(0);
-  for (int i = 0; i < kGroup; i += kLanes) {
-    const VI v = round_to_int(mul(load(y + i), inverse));
-    sum = iadd(sum, v);
-    store_i8(q + i, v);
+  for (int h = 0; h < 2; ++h) {
+    VI sum = iset1(0);
+    for (int i = h * kGroup / 2; i < (h + 1) * kGroup / 2; i += kLanes) {
+      const VI v = round_to_int(mul(load(y + i), inverse));
+      sum = iadd(sum, v);
+      store_i8(q + i, v);
+    }
+    sums[h] = reduce_iadd(sum);
   }
-  return reduce_iadd(sum);
 }
 
 void activate(const float* const* x, size_t num_rows, const float* norm, float eps, const Activations& out, size_t row) {
   uint8_t* values = out.values + row * out.num_steps * 4;
   float* scales = out.scales + row * out.num_groups;
-  int32_t* offsets = out.offsets + row * out.num_groups;
+  int32_t* offsets = out.offsets + 2 * row * out.num_groups;
   for (size_t m = 0; m < num_rows; ++m) {
     const float r = norm ? 1.0f / std::sqrt(sum_of_squares(x[m], out.cols) / static_cast<float>(out.cols) + eps) : 1.0f;
     for (size_t k = 0; k < out.cols; k += kSlice) {
@@ -334,8 +356,10 @@ void activate(const float* const* x, size_t num_rows, const float* norm, float e
       if (out.format == Format::kInt8) {
         alignas(64) int8_t q[kGroup];
         const size_t g = k / kGroup;
-        const int32_t sum = quantize_group(y, q, &scales[g * num_rows + m]);
-        offsets[g * num_rows + m] = -128 * sum;
+        int32_t sums[2];
+        if (out.transformed) hadamard(y, kGroup);
+        quantize_group(y, q, &scales[g * num_rows + m], sums);
+        for (size_t h = 0; h < 2; ++h) offsets[(2 * g + h) * num_rows + m] = -128 * sums[h];
         for (size_t s = 0; s < kGroupSteps; ++s)
           std::memcpy(values + ((g * kGroupSteps + s) * num_rows + m) * 4, q + s * 4, 4);
       } else if (out.format == Format::kBF16) {

@@ -9,7 +9,7 @@
 namespace llmb {
 
 // Rows of activations are stored in panels of up to 6 tokens, so that a tile of the matrix product reads them in
-// one stream: panel = [steps][rows of the panel][4 bytes]; scales and sums are [groups][rows of the panel].
+// one stream: panel = [steps][rows of the panel][4 bytes], scales = [groups][rows], offsets = [2 * groups][rows].
 constexpr size_t kPanelRows = 6;
 
 // The right operand of a linear: T tokens of `cols` values, in the number format that the weights are multiplied in.
@@ -19,8 +19,9 @@ struct Activations {
   size_t num_steps = 0;
   size_t num_groups = 0;
   uint8_t* values = nullptr;   // panel at row r: values + r * num_steps * 4
-  float* scales = nullptr;     // int8 only; panel at row r: scales + r * num_groups
-  int32_t* offsets = nullptr;  // int8 only; -128 * (sum of the group's values): what makes u8 weights signed
+  float* scales = nullptr;     // int8 only; panel at row r: scales + r * num_groups, offsets + r * 2 * num_groups
+  int32_t* offsets = nullptr;  // int8 only; -128 * the sum of each half group's values: what makes u8 weights signed
+  bool transformed = false;    // the values are of the Walsh-Hadamard transform
 };
 
 struct Weight {

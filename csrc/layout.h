@@ -4,13 +4,20 @@
 // row (1 float, 2 bfloat16 or 4 int8 along k), that is one 64-byte vector:
 //
 //   f32, bf16:  block = [steps][16 rows][4 bytes]
-//   int8:       block = [16 f32 row scales][groups][16] i8 scale codes (padded to 64 B)[steps][16][4] u8 (value + 128)
-//   int4:       the same header, then [steps/2][16][4] bytes: the low nibble belongs to step 2i, the high one to
-//               step 2i+1; a nibble is an index into kInt4Codebook
+//   quantised:  block = [16 f32 row scales][weight groups][16] i8 scale codes (padded to 64 B), then the values:
+//     int8:     [steps][16][4] u8
+//     int6:     a group of 16 steps is [8][16][4] nibbles, [4][16][4] pairs of bits. Nibble vector i holds the low four
+//               bits of step 2i in its low half and of step 2i + 1 in its high half; bits 2j and 2j + 1 of pair vector i
+//               are the high bits of step 4i + j
+//     int4:     [steps/2][16][4] nibbles, as above: indices into kInt4Codebook
 //
-//   weight = row_scale * code[group] * (u8 - 128)      int4: * (kInt4Codebook[nibble] - 128)
+//   weight = row_scale * code[group] * (u8 - 128)    where u8 is the value, 4 * the six bits, or the codebook's entry
 //
-// Columns are padded with zeros to a whole step (f32, bf16) or group (int8, int4), rows to a whole block.
+// Activations are int8 with one scale for kGroup columns. Those that meet int8 and int6 weights go through a
+// Walsh-Hadamard transform of each kGroup columns first, which spreads outliers; the packed weights are W H / kGroup.
+//
+// Columns are padded with zeros to a whole step (f32, bf16) or group of kGroup (the others, before the transform),
+// rows to a whole block.
 #pragma once
 
 #include <cstddef>
@@ -18,11 +25,11 @@
 
 namespace llmb {
 
-enum class Format : int { kF32 = 0, kBF16 = 1, kInt8 = 2, kInt4 = 3 };
+enum class Format : int { kF32 = 0, kBF16 = 1, kInt8 = 2, kInt4 = 3, kInt6 = 4 };
 
 constexpr int kBlockRows = 16;
 constexpr int kStepBytes = 64;  // kBlockRows rows of 4 bytes
-constexpr int kGroup = 64;      // columns that share a scale, in weights and in activations
+constexpr int kGroup = 64;      // columns of activations that share a scale
 constexpr int kGroupSteps = kGroup / 4;
 
 static constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -41,16 +48,24 @@ static constexpr size_t steps(Format f, size_t cols) {
   return f == Format::kF32 ? k : f == Format::kBF16 ? k / 2 : k / 4;
 }
 
-static constexpr bool is_quantized(Format f) { return f == Format::kInt8 || f == Format::kInt4; }
+static constexpr bool is_quantized(Format f) { return f != Format::kF32 && f != Format::kBF16; }
+static constexpr bool is_transformed(Format f) { return f == Format::kInt8 || f == Format::kInt6; }
 
-// Bytes before the quants of a block: row scales and scale codes.
+// Columns of weights that share a scale code.
+static constexpr int weight_group(Format f) { return f == Format::kInt4 ? 32 : 64; }
+
+// Bytes before the values of a block: row scales and scale codes.
 static constexpr size_t header_bytes(Format f, size_t cols) {
-  return is_quantized(f) ? 64 + round_up(padded_cols(f, cols) / kGroup * kBlockRows, 64) : 0;
+  return is_quantized(f) ? 64 + round_up(padded_cols(f, cols) / weight_group(f) * kBlockRows, 64) : 0;
+}
+
+// Bytes of the first n steps of a block's values; n is even for int4, a multiple of kGroupSteps for int6.
+static constexpr size_t step_bytes(Format f, size_t n) {
+  return f == Format::kInt4 ? n * kStepBytes / 2 : f == Format::kInt6 ? n * kStepBytes * 3 / 4 : n * kStepBytes;
 }
 
 static constexpr size_t block_bytes(Format f, size_t cols) {
-  const size_t quants = steps(f, cols) * kStepBytes;
-  return header_bytes(f, cols) + (f == Format::kInt4 ? quants / 2 : quants);
+  return header_bytes(f, cols) + step_bytes(f, steps(f, cols));
 }
 
 static constexpr size_t matrix_bytes(Format f, size_t rows, size_t cols) {

@@ -30,8 +30,9 @@ Format format_of(const std::string& name) {
   if (name == "float32") return Format::kF32;
   if (name == "bfloat16") return Format::kBF16;
   if (name == "int8") return Format::kInt8;
+  if (name == "int6") return Format::kInt6;
   if (name == "int4") return Format::kInt4;
-  throw nb::value_error(("unknown format '" + name + "'; one of float32, bfloat16, int8, int4").c_str());
+  throw nb::value_error(("unknown format '" + name + "'; one of float32, bfloat16, int8, int6, int4").c_str());
 }
 
 void require(bool ok, const char* what) {

@@ -21,7 +21,7 @@ struct Plan::ActivationStore {
   void reserve(size_t rows, size_t row_bytes, size_t row_groups) {
     values.resize(rows * row_bytes);
     scales.resize(rows * row_groups);
-    offsets.resize(rows * row_groups);
+    offsets.resize(rows * 2 * row_groups);
   }
   size_t bytes() const { return values.size() + 4 * (scales.size() + offsets.size()); }
 };
@@ -102,6 +102,7 @@ struct Plan::Linear : Plan::Op {
     act.cols = args.weight.cols;
     act.num_steps = steps(act.format, act.cols);
     act.num_groups = is_quantized(act.format) ? padded_cols(act.format, act.cols) / kGroup : 0;
+    act.transformed = is_transformed(args.weight.format);
     act.values = store.values.data();
     act.scales = store.scales.data();
     act.offsets = store.offsets.data();

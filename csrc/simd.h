@@ -105,6 +105,12 @@ struct Nibbles {
   }
 };
 static inline void store_bytes(uint8_t* p, VI v) { _mm512_storeu_si512(p, v); }
+static inline VI bits_and(VI a, uint8_t mask) { return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask))); }
+static inline VI bits_or(VI a, VI b) { return _mm512_or_si512(a, b); }
+template <int N>
+static inline VI bits_left(VI a) { return _mm512_slli_epi16(a, N); }
+template <int N>
+static inline VI bits_right(VI a) { return _mm512_srli_epi16(a, N); }
 
 #elif defined(__AVX2__)
 
@@ -185,6 +191,12 @@ struct Nibbles {
   }
 };
 static inline void store_bytes(uint8_t* p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
+static inline VI bits_and(VI a, uint8_t mask) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask))); }
+static inline VI bits_or(VI a, VI b) { return _mm256_or_si256(a, b); }
+template <int N>
+static inline VI bits_left(VI a) { return _mm256_slli_epi16(a, N); }
+template <int N>
+static inline VI bits_right(VI a) { return _mm256_srli_epi16(a, N); }
 
 #else  // plain C++: 16-byte vectors of the compiler (SSE2, NEON, ...)
 
@@ -268,8 +280,22 @@ struct Nibbles {
   }
 };
 static inline void store_bytes(uint8_t* p, VI v) { std::memcpy(p, &v, 16); }
+static inline VI bits_and(VI a, uint8_t mask) { return a & static_cast<int32_t>(0x01010101u * mask); }
+static inline VI bits_or(VI a, VI b) { return a | b; }
+template <int N>
+static inline VI bits_left(VI a) { return a << N; }
+template <int N>
+static inline VI bits_right(VI a) { return a >> N; }
 
 #endif
+
+// The six-bit values of step 4i + J as 4 * value, from their nibble vector and their vector of pairs of bits.
+template <int J>
+static inline VI six_bits(VI nibbles, VI pairs) {
+  const VI low = J % 2 ? bits_right<2>(nibbles) : bits_left<2>(nibbles);
+  const VI high = J == 3 ? pairs : bits_left<6 - 2 * J>(pairs);
+  return bits_or(bits_and(low, 0x3c), bits_and(high, 0xc0));
+}
 
 constexpr int kParts = 16 / kLanes;  // native vectors in a 64-byte step
 constexpr int kVectorBytes = kLanes * 4;

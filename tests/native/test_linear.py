@@ -9,7 +9,7 @@ from llm_boost import _native
 
 import packed_reference as ref
 
-FORMATS = ("float32", "bfloat16", "int8", "int4")
+FORMATS = ("float32", "bfloat16", "int8", "int6", "int4")
 ISAS = _native.available_isas()
 SHAPES = [(64, 64), (16, 32), (100, 80), (200, 576), (96, 4160)]
 
