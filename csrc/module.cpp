@@ -7,16 +7,13 @@
 
 #include <optional>
 
+#include "bindings.h"
 #include "plan.h"
 
 namespace nb = nanobind;
 using namespace nb::literals;
 
 namespace llmb {
-
-void bind_pack(nb::module_& m);
-void bind_probe(nb::module_& m);
-void bind_sampler(nb::module_& m);
 
 namespace {
 
@@ -25,15 +22,6 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Floats2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
-
-Format format_of(const std::string& name) {
-  if (name == "float32") return Format::kF32;
-  if (name == "bfloat16") return Format::kBF16;
-  if (name == "int8") return Format::kInt8;
-  if (name == "int6") return Format::kInt6;
-  if (name == "int4") return Format::kInt4;
-  throw nb::value_error(("unknown format '" + name + "'; one of float32, bfloat16, int8, int6, int4").c_str());
-}
 
 void require(bool ok, const char* what) {
   if (!ok) throw nb::value_error(what);
@@ -155,9 +143,7 @@ NB_MODULE(_native, m) {
   m.attr("GROUP") = llmb::kGroup;
   m.attr("INT4_CODEBOOK") = std::vector<int>(std::begin(llmb::kInt4Codebook), std::end(llmb::kInt4Codebook));
   llmb::bind_plan(m);
+  llmb::bind_pack(m);
   llmb::bind_probe(m);
   llmb::bind_sampler(m);
-#ifdef LLMB_HAVE_PACK
-  llmb::bind_pack(m);
-#endif
 }
