@@ -59,6 +59,20 @@ def test_dequantising_in_chunks_changes_nothing():
     assert (values == values[0]).all()
 
 
+def test_an_infinite_scale_makes_nan_without_a_warning(recwarn):
+    block = np.zeros(18, dtype=np.uint8)
+    block[:2] = np.array([np.inf], dtype=np.float16).view(np.uint8)
+    block[2:] = 0x88  # zeros
+    assert np.isnan(dequantize(block, BLOCK_TYPES["Q4_0"])).all()
+    assert len(recwarn) == 0
+
+
+def test_a_sliding_window_caps_the_length(tmp_path):
+    file, _ = tiny_llama_gguf()
+    file.set("llama.attention.sliding_window", 64)
+    assert open_checkpoint(file.write(tmp_path / "m.gguf")).config["max_position_embeddings"] == 64
+
+
 @pytest.mark.parametrize("arch", ["llama", "qwen2", "qwen3"])
 def test_a_model_is_seen_as_hugging_face_has_it(tmp_path, arch):
     file, expected = tiny_llama_gguf(arch)

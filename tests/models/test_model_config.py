@@ -2,7 +2,10 @@
 
 from __future__ import annotations
 
+import json
+import math
 import warnings
+from pathlib import Path
 from types import SimpleNamespace
 
 import numpy as np
@@ -42,6 +45,26 @@ def test_llama():
     assert (config.bos_token_id, config.eos_token_ids, config.pad_token_id) == (1, (2, 3), None)
     assert (config.max_position_embeddings, config.max_model_len, config.torch_dtype) == (512, 512, "float32")
     assert config.rope.theta == 10000.0
+
+
+PUBLISHED = json.loads((Path(__file__).parent / "published_configs.json").read_text())
+
+
+@pytest.mark.parametrize(
+    ("name", "head_dim", "max_model_len", "parameters"),
+    [
+        ("Llama-2-7b", 128, 4096, 6738415616),
+        ("Llama-3.1-8B", 128, 131072, 8030261248),
+        ("Qwen2-7B-Instruct", 128, 32768, 7615616512),
+        ("Qwen3-0.6B", 128, 40960, 596049920),
+        ("Mistral-7B-v0.1", 128, 4096, 7241732096),
+    ],
+)
+def test_published_models(name, head_dim, max_model_len, parameters):
+    """The sum over the expected tensors is the number of parameters on the model's page."""
+    config = parse(PUBLISHED[name])
+    assert (config.head_dim, config.max_model_len) == (head_dim, max_model_len)
+    assert sum(math.prod(shape) for shape in expected_tensors(config).values()) == parameters
 
 
 def test_defaults_of_old_files():
