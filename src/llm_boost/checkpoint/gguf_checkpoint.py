@@ -118,6 +118,8 @@ class GGUFCheckpoint:
         for key in (f"{kind}.attention.value_length", f"{kind}.rope.dimension_count"):
             if fields.integer(key, 1, MAX_INT, head_dim) != head_dim:
                 raise fields.error(key, f"{head_dim}, the size of a head")
+        context = fields.integer(f"{kind}.context_length", 1, MAX_INT)
+        window = fields.integer(f"{kind}.attention.sliding_window", 0, MAX_INT, 0)
         config = {
             "architectures": [ARCHITECTURES[kind]],
             "model_type": kind,
@@ -129,7 +131,7 @@ class GGUFCheckpoint:
             "num_attention_heads": heads,
             "num_key_value_heads": kv_heads,
             "head_dim": head_dim,
-            "max_position_embeddings": fields.integer(f"{kind}.context_length", 1, MAX_INT),
+            "max_position_embeddings": min(context, window or context),  # within the window attention is full
             "rms_norm_eps": fields.number(f"{kind}.attention.layer_norm_rms_epsilon", 0, 1),
             "rope_parameters": self._rope_parameters(fields, kind, head_dim),
             "tie_word_embeddings": "lm_head.weight" not in self.tensors,

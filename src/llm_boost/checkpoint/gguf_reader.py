@@ -50,6 +50,12 @@ TENSOR_TYPES = {
     0: "F32", 1: "F16", 2: "Q4_0", 3: "Q4_1", 6: "Q5_0", 7: "Q5_1", 8: "Q8_0",
     12: "Q4_K", 13: "Q5_K", 14: "Q6_K", 30: "BF16",
 }  # fmt: skip
+# and of those that are not, for messages
+OTHER_TYPES = {
+    9: "Q8_1", 10: "Q2_K", 11: "Q3_K", 15: "Q8_K", 16: "IQ2_XXS", 17: "IQ2_XS", 18: "IQ3_XXS", 19: "IQ1_S",
+    20: "IQ4_NL", 21: "IQ3_S", 22: "IQ2_S", 23: "IQ4_XS", 24: "I8", 25: "I16", 26: "I32", 27: "I64",
+    28: "F64", 29: "IQ1_M", 34: "TQ1_0", 35: "TQ2_0", 39: "MXFP4",
+}  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -251,9 +257,8 @@ def _read_tensor_table(cursor: _Cursor, count: int) -> list[tuple[str, GGUFTenso
         shape = tuple(reversed([cursor.u64(what) for _ in range(dimensions)]))
         kind, offset = cursor.u32(what), cursor.u64(what)
         if kind not in TENSOR_TYPES:
-            raise cursor.error(
-                f"{what} has the type {kind}; supported: {', '.join(sorted(TENSOR_TYPES.values()))}"
-            )
+            supported = ", ".join(sorted(TENSOR_TYPES.values()))
+            raise cursor.error(f"{what} has the type {OTHER_TYPES.get(kind, kind)}; supported: {supported}")
         table[name] = GGUFTensor(
             TENSOR_TYPES[kind], shape, offset, offset + _byte_size(TENSOR_TYPES[kind], shape, what, cursor)
         )

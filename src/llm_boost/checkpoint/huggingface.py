@@ -125,20 +125,22 @@ def _weight_map(index: Path) -> dict[str, str]:
     weight_map = read_json_object(index).get("weight_map")
     if not isinstance(weight_map, dict) or not weight_map:
         raise CheckpointError(f"{index}: weight_map is {shown(weight_map)}; it must map tensors to files")
-    for file in set(map(_hashable, weight_map.values())):
-        if not isinstance(file, str) or PurePosixPath(file).name != file or "\0" in file or file == "..":
+    for file in weight_map.values():
+        if (
+            not isinstance(file, str)
+            or PurePosixPath(file).name != file
+            or file in ("", "..")
+            or "\0" in file
+        ):
             raise CheckpointError(
                 f"{index}: {shown(file)} points outside the model's folder; it must be a file name"
             )
+    for file in sorted(set(weight_map.values())):
         if not (index.parent / file).is_file():
             raise CheckpointError(
                 f"{index.parent / file}: this part of the model is missing; download it too"
             )
     return weight_map
-
-
-def _hashable(value: object) -> object:
-    return value if isinstance(value, str) else shown(value)
 
 
 def _check_all_parts(name: str, names: list[str], path: Path) -> None:

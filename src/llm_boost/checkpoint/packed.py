@@ -106,7 +106,7 @@ class PackedStore:
                 return PackedModel(path, found, built=False)
             self._remove_stale(names)
             self._build(path, key, entries, planned, progress)
-        found = _open(path, key, planned)
+            found = _open(path, key, planned)
         if found is None:
             raise CheckpointError(f"{path}: damaged or removed as soon as it was written; check the disk")
         return PackedModel(path, found, built=True)
