@@ -446,3 +446,17 @@ def test_a_request_id_is_used_once_at_a_time() -> None:
 def test_impossible_limits_are_refused(options: dict[str, Any]) -> None:
     with pytest.raises(ConfigError, match=r"got .*, allowed an integer from"):
         make_engine(**options)
+
+
+def test_text_held_back_for_a_stop_string_comes_with_the_end() -> None:
+    text = FakeTokenizer().decode(FakeRunner().greedy([20, 30, 40], 6))
+    output = generate(SamplingParams(temperature=0, stop=text[-2:] + "never", max_tokens=6, ignore_eos=True))
+    assert (output.text, output.finish_reason) == (text, "length")
+
+
+def test_stop_strings_count_from_min_tokens_on() -> None:
+    text = FakeTokenizer().decode(FakeRunner().greedy([20, 30, 40], 12))
+    params = {"temperature": 0, "stop": [text[2], text[8]], "max_tokens": 12}
+    assert generate(SamplingParams(**params)).text == text[:2]
+    assert text[2] not in text[5:8]
+    assert generate(SamplingParams(min_tokens=5, **params)).text == text[:8]
