@@ -111,7 +111,7 @@ void bind_sampler(nb::module_& m) {
 
   nb::class_<Sampler>(m, "Sampler", "Samples batches of logits; for one thread at a time.")
       .def(nb::init<size_t, size_t>(), "vocab_size"_a, "threads"_a = 1)
-      .def("sample", &sample, "logits"_a, "rows"_a, "tokens"_a,
+      .def("sample", &sample, "logits"_a.noconvert(), "rows"_a, "tokens"_a,
            "The next token of every row of logits [R, vocab_size] float32, given R SamplingRows and R int32 "
            "arrays of\n"
            "the tokens so far (prompt and output). Returns (tokens [R] int32, status [R] uint8, logprobs).\n"

@@ -15,6 +15,11 @@ constexpr float kInf = std::numeric_limits<float>::infinity();
 constexpr size_t kLanes = 16;    // independent accumulators: what lets the compiler use vectors in IEEE order
 constexpr size_t kBlock = 1024;  // weights that share a partial sum
 
+// Weights lie in [0, 1]: their bits from the third of the mantissa up, sign and exponent included, are below
+// this.
+constexpr int kBucketShift = 20;
+constexpr size_t kBuckets = (std::bit_cast<uint32_t>(1.0f) >> kBucketShift) + 1;
+
 // The one order of tokens: higher score first, then lower id.
 bool before(const Scored& a, const Scored& b) {
   return a.score != b.score ? a.score > b.score : a.id < b.id;
@@ -178,6 +183,7 @@ const float* RowSampler::apply_rules(const float* logits, const SamplingRow& row
 // Candidates stay in the order of their ids: the token drawn does not depend on how they were found.
 int32_t RowSampler::draw(const float* logits, float peak, const SamplingRow& row, double u) {
   const float inverse = 1.0f / row.temperature;
+  double total = 0.0;  // of the tokens that min-p and top-k leave
   candidates_.clear();
   if (row.top_k > 0 && static_cast<size_t>(row.top_k) < vocab_) {
     select_top(logits, static_cast<size_t>(row.top_k));
@@ -187,11 +193,12 @@ int32_t RowSampler::draw(const float* logits, float peak, const SamplingRow& row
     }
     std::sort(candidates_.begin(), candidates_.end(),
               [](const Scored& a, const Scored& b) { return a.id < b.id; });
+    for (const Scored& c : candidates_) total += c.score;
   } else {
     weigh(logits, peak, inverse, row.min_p);
     if (row.top_p >= 1.0f && row.min_p <= 0.0f) return draw_from_all(u);
     // All tokens lighter than this weigh less than 1 - top_p together, so none of them is in the nucleus.
-    const double total = std::accumulate(block_sums_.begin(), block_sums_.end(), 0.0);
+    total = std::accumulate(block_sums_.begin(), block_sums_.end(), 0.0);
     const double hopeless = 0.999 * (1.0 - row.top_p) * total / static_cast<double>(vocab_);
     const float cut = std::max(row.min_p, static_cast<float>(hopeless));
     for (size_t start = 0; start < vocab_; start += kLanes * 4) {
@@ -201,16 +208,16 @@ int32_t RowSampler::draw(const float* logits, float peak, const SamplingRow& row
         if (weights_[i] >= cut) candidates_.push_back({weights_[i], static_cast<int32_t>(i)});
     }
   }
-  if (row.top_p < 1.0f) keep_nucleus(row.top_p);
+  if (row.top_p < 1.0f) keep_nucleus(row.top_p * total);
 
-  double total = 0.0, sum = 0.0;
-  for (const Scored& c : candidates_) total += c.score;
+  double kept = 0.0, sum = 0.0;
+  for (const Scored& c : candidates_) kept += c.score;
   int32_t last = candidates_.front().id;
   for (const Scored& c : candidates_) {
     if (c.score <= 0.0f) continue;
     last = c.id;
     sum += c.score;
-    if (sum > u * total) break;
+    if (sum > u * kept) break;
   }
   return last;
 }
@@ -234,13 +241,20 @@ int32_t RowSampler::draw_from_all(double u) const {
 }
 
 // Keeps the likeliest candidates that together hold top_p of the weight: the fewest that do, and at least
-// one. A weighted quickselect: each step halves the range in which the last of them lies.
-void RowSampler::keep_nucleus(double top_p) {
-  ranking_ = candidates_;
-  double total = 0.0;
-  for (const Scored& c : candidates_) total += c.score;
-  const double target = top_p * total;
-  double sum = 0.0;  // of ranking_[0, low)
+// one. A histogram over the leading bits of the weights finds the bucket in which the last of them lies, then
+// a weighted quickselect finds it there, halving the range with each step.
+void RowSampler::keep_nucleus(double target) {
+  const auto bucket = [](const Scored& c) { return std::bit_cast<uint32_t>(c.score) >> kBucketShift; };
+  buckets_.assign(kBuckets, 0.0);
+  for (const Scored& c : candidates_) buckets_[bucket(c)] += c.score;
+  double sum = 0.0;  // of the candidates known to be kept
+  size_t edge = kBuckets - 1;
+  while (edge > 0 && sum + buckets_[edge] < target) sum += buckets_[edge--];
+
+  ranking_.clear();
+  for (const Scored& c : candidates_)
+    if (bucket(c) == edge) ranking_.push_back(c);
+  if (ranking_.empty()) return;  // rounding: not even all weigh as much as the target
   size_t low = 0, high = ranking_.size();
   while (high - low > 1) {
     const size_t middle = low + (high - low) / 2;

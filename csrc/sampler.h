@@ -71,7 +71,7 @@ class RowSampler {
                            size_t num_tokens);
   int32_t draw(const float* logits, float peak, const SamplingRow& row, double u);
   int32_t draw_from_all(double u) const;
-  void keep_nucleus(double top_p);
+  void keep_nucleus(double target);
   void select_top(const float* logits, size_t k);
   void weigh(const float* logits, float peak, float inverse_temperature, float floor);
   void report_logprobs(const float* logits, float peak, const SamplingRow& row, Sample& sample,
@@ -81,6 +81,7 @@ class RowSampler {
   std::vector<float> edited_;       // the logits after bias, mask and penalties
   std::vector<float> weights_;      // exp((logit - peak) / temperature)
   std::vector<double> block_sums_;  // of weights_
+  std::vector<double> buckets_;
   std::vector<Scored> candidates_, ranking_;
   std::vector<int32_t> output_counts_, seen_;  // per token; zero between calls
   std::vector<int32_t> touched_;

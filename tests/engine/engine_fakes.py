@@ -135,11 +135,16 @@ class FakeTokenizer:
         return FakeStream(self, skip_special_tokens)
 
     def apply_chat_template(
-        self, messages: list[dict[str, str]], *, add_generation_prompt: bool = True
+        self,
+        messages: list[dict[str, str]],
+        *,
+        add_generation_prompt: bool = True,
+        tools: Any = None,
+        chat_template: str | None = None,
     ) -> str:
-        return (
-            "".join(f"{m['role']}:{m['content']};" for m in messages) + "assistant:" * add_generation_prompt
-        )
+        assert tools is None
+        text = "".join(f"{m['role']}:{m['content']}{chat_template or ';'}" for m in messages)
+        return text + "assistant:" * add_generation_prompt
 
 
 def fake_parts(runner: FakeRunner | None = None, **generation_config: Any) -> Any:
