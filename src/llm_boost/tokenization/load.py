@@ -18,6 +18,7 @@ from llm_boost.tokenization.pipelines import (
     SentencePieceOptions,
     add_boundaries,
     byte_level_bpe,
+    library_errors,
     one_line,
     sentencepiece_bpe,
 )
@@ -317,10 +318,8 @@ class _Defaults:
 
 
 def _from_tokenizer_json(path: Path, settings: _Settings) -> Backend:
-    try:
+    with library_errors(f"{path}: not a usable tokenizer.json"):
         backend = Backend.from_file(str(path))
-    except Exception as error:
-        raise TokenizerError(f"{path}: not a usable tokenizer.json: {one_line(error)}") from None
     if settings.tokenizer_class == "Qwen2Tokenizer" and backend.normalizer is None:
         backend.normalizer = normalizers.NFC()
     missing = {
