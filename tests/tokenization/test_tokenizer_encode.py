@@ -6,14 +6,13 @@ import json
 import re
 import shutil
 from pathlib import Path
-from typing import Any
 
 import pytest
 import sentencepiece
 from hypothesis import given
 from hypothesis import strategies as st
 from tokenizer_corpus import SPECIAL, TEXTS
-from tokenizer_gguf import read_metadata
+from tokenizer_gguf import llama_metadata, qwen2_metadata, read_metadata
 from tokenizer_goldens import GOLDENS, golden, real_file
 
 from llm_boost.errors import RequestError
@@ -27,44 +26,6 @@ def assert_encodes(tokenizer: Tokenizer, expected: list[list[int]]) -> None:
     assert len(expected) == len(TEXTS)
     for text, ids in zip(TEXTS, expected, strict=True):
         assert tokenizer.encode(text) == ids, text
-
-
-def qwen2_metadata() -> dict[str, Any]:
-    """What a GGUF file would say of the tiny Qwen2 vocabulary."""
-    config = json.loads((GOLDENS / "qwen2" / "tokenizer_config.json").read_text())
-    vocab = json.loads((GOLDENS / "qwen2" / "vocab.json").read_text())
-    tokens = sorted(vocab, key=vocab.__getitem__)
-    types = [1] * len(tokens)
-    for token in config["added_tokens_decoder"].values():
-        tokens.append(token["content"])
-        types.append(3 if token["special"] else 4)
-    return {
-        "tokenizer.ggml.model": "gpt2",
-        "tokenizer.ggml.pre": "qwen2",
-        "tokenizer.ggml.tokens": tokens,
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.merges": (GOLDENS / "qwen2" / "merges.txt").read_text().split("\n")[1:-1],
-        "tokenizer.ggml.eos_token_id": 602,
-        "tokenizer.ggml.padding_token_id": 600,
-    }
-
-
-def llama_metadata(processor: sentencepiece.SentencePieceProcessor) -> dict[str, Any]:
-    """What a GGUF file would say of the tiny Llama vocabulary."""
-    ids = range(processor.get_piece_size())
-    types = [
-        2 if processor.is_unknown(i) else 3 if processor.is_control(i) else 6 if processor.is_byte(i) else 1
-        for i in ids
-    ]
-    return {
-        "tokenizer.ggml.model": "llama",
-        "tokenizer.ggml.tokens": [processor.id_to_piece(i) for i in ids],
-        "tokenizer.ggml.scores": [processor.get_score(i) for i in ids],
-        "tokenizer.ggml.token_type": types,
-        "tokenizer.ggml.bos_token_id": 1,
-        "tokenizer.ggml.eos_token_id": 2,
-        "tokenizer.ggml.unknown_token_id": 0,
-    }
 
 
 def test_vocab_and_merges_equal_qwen2_tokenizer(qwen2: Tokenizer) -> None:

@@ -8,7 +8,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from test_tokenizer_encode import qwen2_metadata
+from tokenizer_gguf import qwen2_metadata
 from tokenizer_goldens import GOLDENS
 
 from llm_boost.errors import TokenizerError

@@ -3,7 +3,7 @@
 What is guaranteed, whatever the template does:
 - time: after `MAX_SECONDS` the kernel ends the render, even inside one long multiplication;
 - size: at most `MAX_CHARACTERS` come back, and no more than 512 MiB are ever held;
-- reach: jinja's immutable sandbox, in a process of its own that cannot open a file, start a process or see
+- reach: jinja's immutable sandbox, in a process of its own that can open no file or socket and does not see
   this process's memory; it is given the messages and the template's variables as JSON, nothing else.
 
 No sandbox inside one Python process can promise the first two: a single expression such as `9**(9**9)` holds

@@ -74,7 +74,7 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     except ValueError as error:
         if _TIKTOKEN_LINE.match(data):
             raise TokenizerError(
-                f"{path}: a tiktoken vocabulary, Llama 3's original format, is not supported; use tokenizer.json"
+                f"{path}: a tiktoken vocabulary (as Llama 3's) is not supported; use tokenizer.json"
             ) from None
         raise TokenizerError(f"{path}: not a sentencepiece model: {error}") from None
     _require_supported(model, path)

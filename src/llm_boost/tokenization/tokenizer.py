@@ -86,14 +86,15 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+    def from_gguf(cls, metadata: Mapping[str, Any], *, source: str = "GGUF") -> Tokenizer:
         """The tokenizer inside a GGUF file; `metadata` maps its keys to plain values and lists.
 
+        `source` names the file in errors.
         TokenizerError: a key is missing or of the wrong type, or the tokenizer is of a kind not known here.
         """
         from llm_boost.tokenization.gguf import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(metadata)
+        return load_gguf_tokenizer(metadata, source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text. Special tokens written in it become their ids. RequestError: it is not Unicode.
