@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import threading
@@ -161,6 +162,19 @@ def test_many_threads(llama: Tokenizer) -> None:
     for thread in threads:
         thread.join()
     assert answers == {number: str(number) * 1000 for number in range(20)}
+
+
+def test_interruption_does_not_leave_an_answer_behind(llama: Tokenizer) -> None:
+    previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
+    try:
+        signal.setitimer(signal.ITIMER_REAL, 0.3)
+        with pytest.raises(KeyboardInterrupt):
+            loop = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
+            llama.apply_chat_template([USER], chat_template=loop)
+    finally:
+        signal.setitimer(signal.ITIMER_REAL, 0)
+        signal.signal(signal.SIGALRM, previous)
+    assert llama.apply_chat_template([USER], chat_template="next") == "next"
 
 
 def test_the_process_does_not_outlive_its_parent() -> None:

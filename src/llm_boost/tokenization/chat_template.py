@@ -74,6 +74,7 @@ class _Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._of_parent: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: str) -> tuple[dict[str, str] | None, int]:
         """(the answer, 0), or (None, the process's exit status) when it ended instead."""
@@ -85,6 +86,10 @@ class _Worker:
                 line = _pipe(process.stdout).readline()
             except BrokenPipeError:
                 line = b""
+            except BaseException:  # Ctrl-C: the answer to this request must not meet the next one
+                process.kill()
+                self._end()
+                raise
             if line.endswith(b"\n"):
                 answer: dict[str, str] = json.loads(line)
                 return answer, 0
@@ -96,11 +101,14 @@ class _Worker:
                 self._end()
 
     def forget(self) -> None:
-        """After a fork the process belongs to the parent."""
-        self.__init__()  # type: ignore[misc]
+        """After a fork the process and its pipes are the parent's: leave them alone, and start another."""
+        self._lock = threading.Lock()
+        self._of_parent, self._process = self._process, None
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("chat_worker.py"))],
                 stdin=subprocess.PIPE,
