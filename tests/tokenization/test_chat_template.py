@@ -165,11 +165,11 @@ def test_many_threads(llama: Tokenizer) -> None:
 
 
 def test_interruption_does_not_leave_an_answer_behind(llama: Tokenizer) -> None:
+    loop = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
     previous = signal.signal(signal.SIGALRM, signal.default_int_handler)
     try:
         signal.setitimer(signal.ITIMER_REAL, 0.3)
         with pytest.raises(KeyboardInterrupt):
-            loop = "{% for a in range(9999) %}{% for b in range(99999) %}{% endfor %}{% endfor %}"
             llama.apply_chat_template([USER], chat_template=loop)
     finally:
         signal.setitimer(signal.ITIMER_REAL, 0)

@@ -99,6 +99,30 @@ def _gpt2(cache: list[Tokenizer] = []) -> Tokenizer:  # noqa: B006
     return cache[0]
 
 
+@pytest.mark.parametrize(
+    ("pre", "words"),
+    [
+        ("gpt-2", ["AB", "Ġ12345", "Ġit", "'s", "Ġ", "Ġx"]),
+        ("smollm", ["AB", "Ġ", "1", "2", "3", "4", "5", "Ġit", "'s", "Ġ", "Ġx"]),
+        ("qwen2", ["AB", "Ġ", "1", "2", "3", "4", "5", "Ġit", "'s", "Ġ", "Ġx"]),
+        ("llama-bpe", ["AB", "Ġ", "123", "45", "Ġit", "'s", "Ġ", "Ġx"]),
+        ("default", ["AB", "Ġ", "123", "45", "Ġit", "'s", "Ġ", "Ġx"]),
+    ],
+)
+def test_families_cut_words_their_own_way(pre: str, words: list[str]) -> None:
+    tokenizer = Tokenizer.from_gguf({**qwen2_metadata(), "tokenizer.ggml.pre": pre})
+    cut = tokenizer._backend.pre_tokenizer.pre_tokenize_str("AB 12345 it's  x")
+    assert [word for word, _ in cut] == words
+
+
+def test_llama3_takes_whole_words_whatever_the_merges() -> None:
+    metadata = qwen2_metadata()
+    metadata["tokenizer.ggml.tokens"].append("zqzq")
+    metadata["tokenizer.ggml.token_type"].append(1)
+    assert Tokenizer.from_gguf({**metadata, "tokenizer.ggml.pre": "llama-bpe"}).encode("zqzq") == [605]
+    assert 605 not in Tokenizer.from_gguf(metadata).encode("zqzq")
+
+
 def test_half_a_surrogate_pair_is_the_requests_fault(qwen2: Tokenizer) -> None:
     with pytest.raises(RequestError, match=r"U\+D83D at character 2"):
         qwen2.encode("ab\ud83d")

@@ -27,8 +27,8 @@ from llm_boost.tokenization.tokenizer import ChatTemplates, SpecialTokens, Token
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-# What `processor.tokenizer` of a YAML may set.
-_OVERRIDES = frozenset(
+# What `overrides`, a YAML's `processor.tokenizer`, may set; any other key is an error.
+OVERRIDE_KEYS = frozenset(
     {"type", "vocab_file", "merges_file", "chat_template", "model_max_length", "legacy", "add_prefix_space"}
     | {"add_bos_token", "add_eos_token", "additional_special_tokens", *_ROLES}
 )
@@ -126,9 +126,9 @@ def _find_in(folder: Path, folders: tuple[Path, ...]) -> _Files:
 
 def _checked_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in overrides:
-        if key not in _OVERRIDES:
-            near = difflib.get_close_matches(str(key), _OVERRIDES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_OVERRIDES))}"
+        if key not in OVERRIDE_KEYS:
+            near = difflib.get_close_matches(str(key), OVERRIDE_KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(OVERRIDE_KEYS))}"
             raise TokenizerError(f"processor.tokenizer.{key}: unknown key; {hint}")
     return overrides
 
