@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -322,11 +323,8 @@ def _from_tokenizer_json(path: Path, settings: _Settings) -> Backend:
         backend = Backend.from_file(str(path))
     if settings.tokenizer_class == "Qwen2Tokenizer" and backend.normalizer is None:
         backend.normalizer = normalizers.NFC()
-    missing = {
-        token_id: token
-        for token_id, token in settings.added_tokens.items()
-        if _is_new(backend, token, token_id)
-    }
+    known = backend.get_added_tokens_decoder()
+    missing = {token_id: token for token_id, token in settings.added_tokens.items() if token_id not in known}
     backend.add_tokens([missing[token_id] for token_id in sorted(missing)])
     for token_id, token in missing.items():
         if backend.token_to_id(token.content) != token_id:
@@ -335,10 +333,6 @@ def _from_tokenizer_json(path: Path, settings: _Settings) -> Backend:
                 f"for which {path.name} has no room at that id"
             )
     return backend
-
-
-def _is_new(backend: Backend, token: AddedToken, token_id: int) -> bool:
-    return backend.token_to_id(token.content) is None or token_id not in backend.get_added_tokens_decoder()
 
 
 def _from_vocab_and_merges(
@@ -358,14 +352,8 @@ def _from_vocab_and_merges(
     added = dict(settings.added_tokens)
     if not added and name == "Qwen2Tokenizer":
         new = [token for token in _QWEN2_TOKENS if token not in vocab]
-        first = max(vocab.values(), default=-1) + 1
-        ids = {
-            token: vocab.get(token, first + new.index(token) if token in new else 0)
-            for token in _QWEN2_TOKENS
-        }
-        added = {
-            token_id: AddedToken(token, normalized=False, special=True) for token, token_id in ids.items()
-        }
+        ids = {**vocab, **dict(zip(new, count(1 + max(vocab.values(), default=-1)), strict=False))}
+        added = {ids[token]: AddedToken(token, normalized=False, special=True) for token in _QWEN2_TOKENS}
     merges = _read_merges(merges_path)
     family = PRETOKENIZERS[families[name]]
     backend = byte_level_bpe(_with_added(vocab, added), merges, family, str(merges_path))
