@@ -3,7 +3,7 @@
 What is guaranteed, whatever the template does:
 - time: after `MAX_SECONDS` the kernel ends the render, even inside one long multiplication;
 - size: at most `MAX_CHARACTERS` come back, and no more than 512 MiB are ever held;
-- reach: jinja's immutable sandbox, in a process of its own that cannot open a file, start a process or see
+- reach: jinja's immutable sandbox, in a process of its own that can open no file or socket and does not see
   this process's memory; it is given the messages and the template's variables as JSON, nothing else.
 
 No sandbox inside one Python process can promise the first two: a single expression such as `9**(9**9)` holds
@@ -74,6 +74,7 @@ class _Worker:
     def __init__(self) -> None:
         self._lock = threading.Lock()
         self._process: subprocess.Popen[bytes] | None = None
+        self._of_parent: subprocess.Popen[bytes] | None = None
 
     def ask(self, request: str) -> tuple[dict[str, str] | None, int]:
         """(the answer, 0), or (None, the process's exit status) when it ended instead."""
@@ -85,6 +86,10 @@ class _Worker:
                 line = _pipe(process.stdout).readline()
             except BrokenPipeError:
                 line = b""
+            except BaseException:  # Ctrl-C: the answer to this request must not meet the next one
+                process.kill()
+                self._end()
+                raise
             if line.endswith(b"\n"):
                 answer: dict[str, str] = json.loads(line)
                 return answer, 0
@@ -96,11 +101,14 @@ class _Worker:
                 self._end()
 
     def forget(self) -> None:
-        """After a fork the process belongs to the parent."""
-        self.__init__()  # type: ignore[misc]
+        """After a fork the process and its pipes are the parent's: leave them alone, and start another."""
+        self._lock = threading.Lock()
+        self._of_parent, self._process = self._process, None
 
     def _running(self) -> subprocess.Popen[bytes]:
-        if self._process is None or self._process.poll() is not None:
+        if self._process is not None and self._process.poll() is not None:
+            self._end()
+        if self._process is None:
             self._process = subprocess.Popen(
                 [sys.executable, str(Path(__file__).with_name("chat_worker.py"))],
                 stdin=subprocess.PIPE,

@@ -22,13 +22,12 @@ from llm_boost.tokenization.pipelines import (
 from llm_boost.tokenization.sentencepiece_model import PieceType
 from llm_boost.tokenization.tokenizer import ChatTemplates, SpecialTokens, Tokenizer
 
-_SOURCE = "GGUF"
 _PREFIX = "tokenizer.ggml."
 
 
-def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
+def load_gguf_tokenizer(metadata: Mapping[str, Any], source: str) -> Tokenizer:
     """See `Tokenizer.from_gguf`."""
-    fields = _Fields(metadata)
+    fields = _Fields(metadata, source)
     tokens = fields.list_of("tokens", str)
     vocab: dict[str, int] = {}
     for token_id, token in enumerate(tokens):
@@ -37,7 +36,7 @@ def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         fields.list_of("token_type", int) if fields.has("token_type") else [PieceType.NORMAL] * len(tokens)
     )
     if len(types) != len(tokens):
-        raise TokenizerError(f"{_SOURCE}: token_type has {len(types)} entries for {len(tokens)} tokens")
+        raise TokenizerError(f"{source}: token_type has {len(types)} entries for {len(tokens)} tokens")
 
     kind = fields.text("model")
     if kind == "gpt2":
@@ -46,7 +45,7 @@ def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
         backend, add_bos = _sentencepiece(fields, vocab, tokens, types), True
     else:
         raise TokenizerError(
-            f"{_SOURCE}: {_PREFIX}model is {kind!r}; supported are gpt2 (BPE) and llama (sentencepiece)"
+            f"{source}: {_PREFIX}model is {kind!r}; supported are gpt2 (BPE) and llama (sentencepiece)"
         )
     backend.add_tokens(
         [
@@ -70,9 +69,9 @@ def load_gguf_tokenizer(metadata: Mapping[str, Any]) -> Tokenizer:
     return Tokenizer(
         backend,
         special,
-        source=_SOURCE,
+        source=source,
         eos_token_ids=[token_id for token_id in ends if token_id is not None],
-        chat_templates=_chat_templates(metadata),
+        chat_templates=_chat_templates(metadata, source),
     )
 
 
@@ -80,7 +79,7 @@ def _byte_level(fields: _Fields, vocab: Mapping[str, int]) -> tuple[Backend, boo
     name = fields.text("pre") if fields.has("pre") else "default"
     if name not in PRETOKENIZERS:
         raise TokenizerError(
-            f"{_SOURCE}: {_PREFIX}pre is {name!r}; "
+            f"{fields.source}: {_PREFIX}pre is {name!r}; "
             f"supported pre-tokenizers are {', '.join(sorted(PRETOKENIZERS))}"
         )
     merges = []
@@ -88,17 +87,19 @@ def _byte_level(fields: _Fields, vocab: Mapping[str, int]) -> tuple[Backend, boo
         cut = merge.find(" ", 1)
         if cut < 0 or cut == len(merge) - 1:
             raise TokenizerError(
-                f"{_SOURCE}: {_PREFIX}merges[{index}] is {merge[:80]!r}, it must be two tokens"
+                f"{fields.source}: {_PREFIX}merges[{index}] is {merge[:80]!r}, it must be two tokens"
             )
         merges.append((merge[:cut], merge[cut + 1 :]))
     family = PRETOKENIZERS[name]
-    return byte_level_bpe(vocab, merges, family, _SOURCE), family.add_bos
+    return byte_level_bpe(vocab, merges, family, fields.source), family.add_bos
 
 
 def _sentencepiece(fields: _Fields, vocab: Mapping[str, int], tokens: list[str], types: list[int]) -> Backend:
     scores = fields.list_of("scores", float)
     if len(scores) != len(tokens):
-        raise TokenizerError(f"{_SOURCE}: {_PREFIX}scores has {len(scores)} entries for {len(tokens)} tokens")
+        raise TokenizerError(
+            f"{fields.source}: {_PREFIX}scores has {len(scores)} entries for {len(tokens)} tokens"
+        )
     mergeable = (PieceType.NORMAL, PieceType.UNUSED)
     return sentencepiece_bpe(
         vocab,
@@ -113,19 +114,19 @@ def _sentencepiece(fields: _Fields, vocab: Mapping[str, int], tokens: list[str],
             add_dummy_prefix=fields.flag("add_space_prefix", True),
             remove_extra_whitespaces=fields.flag("remove_extra_whitespaces", False),
         ),
-        _SOURCE,
+        fields.source,
     )
 
 
-def _chat_templates(metadata: Mapping[str, Any]) -> ChatTemplates:
+def _chat_templates(metadata: Mapping[str, Any], source: str) -> ChatTemplates:
     """`tokenizer.chat_template`, and the named ones beside it as `tokenizer.chat_template.<name>`."""
     templates = {}
     for key, value in metadata.items():
         if key == "tokenizer.chat_template" or key.startswith("tokenizer.chat_template."):
             if not isinstance(value, str):
-                raise TokenizerError(f"{_SOURCE}: {key} is a {type(value).__name__}, it must be a text")
+                raise TokenizerError(f"{source}: {key} is a {type(value).__name__}, it must be a text")
             templates[key.removeprefix("tokenizer.chat_template").removeprefix(".") or "default"] = value
-    return ChatTemplates(templates, f"{_SOURCE}: tokenizer.chat_template")
+    return ChatTemplates(templates, f"{source}: tokenizer.chat_template")
 
 
 def _piece_type(value: int) -> PieceType:
@@ -138,8 +139,9 @@ def _piece_type(value: int) -> PieceType:
 class _Fields:
     """The `tokenizer.ggml.*` keys, each checked when it is asked for."""
 
-    def __init__(self, metadata: Mapping[str, Any]) -> None:
+    def __init__(self, metadata: Mapping[str, Any], source: str) -> None:
         self._metadata = metadata
+        self.source = source
 
     def has(self, name: str) -> bool:
         return self._metadata.get(_PREFIX + name) is not None
@@ -156,7 +158,7 @@ class _Fields:
         for index, value in enumerate(values):
             if not isinstance(value, accepted) or value != value:
                 raise TokenizerError(
-                    f"{_SOURCE}: {_PREFIX}{name}[{index}] is {value!r}, it must be a {kind.__name__}"
+                    f"{self.source}: {_PREFIX}{name}[{index}] is {value!r}, it must be a {kind.__name__}"
                 )
         return values
 
@@ -165,7 +167,9 @@ class _Fields:
             return None
         token_id = int(self._checked(name, int))
         if not 0 <= token_id < len(tokens):
-            raise TokenizerError(f"{_SOURCE}: {_PREFIX}{name} is {token_id}, there are {len(tokens)} tokens")
+            raise TokenizerError(
+                f"{self.source}: {_PREFIX}{name} is {token_id}, there are {len(tokens)} tokens"
+            )
         return token_id
 
     def token(self, name: str, tokens: list[str]) -> str | None:
@@ -176,10 +180,10 @@ class _Fields:
         value = self._metadata.get(_PREFIX + name)
         if value is None:
             raise TokenizerError(
-                f"{_SOURCE}: {_PREFIX}{name} is missing, so the file has no usable tokenizer"
+                f"{self.source}: {_PREFIX}{name} is missing, so the file has no usable tokenizer"
             )
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise TokenizerError(
-                f"{_SOURCE}: {_PREFIX}{name} is a {type(value).__name__}, it must be a {kind.__name__}"
+                f"{self.source}: {_PREFIX}{name} is a {type(value).__name__}, it must be a {kind.__name__}"
             )
         return value

@@ -6,6 +6,7 @@ import difflib
 import json
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass
+from itertools import count
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +19,7 @@ from llm_boost.tokenization.pipelines import (
     SentencePieceOptions,
     add_boundaries,
     byte_level_bpe,
+    library_errors,
     one_line,
     sentencepiece_bpe,
 )
@@ -26,8 +28,8 @@ from llm_boost.tokenization.tokenizer import ChatTemplates, SpecialTokens, Token
 
 _ROLES = ("bos_token", "eos_token", "unk_token", "pad_token")
 
-# What `processor.tokenizer` of a YAML may set.
-_OVERRIDES = frozenset(
+# What `overrides`, a YAML's `processor.tokenizer`, may set; any other key is an error.
+OVERRIDE_KEYS = frozenset(
     {"type", "vocab_file", "merges_file", "chat_template", "model_max_length", "legacy", "add_prefix_space"}
     | {"add_bos_token", "add_eos_token", "additional_special_tokens", *_ROLES}
 )
@@ -125,9 +127,9 @@ def _find_in(folder: Path, folders: tuple[Path, ...]) -> _Files:
 
 def _checked_overrides(overrides: Mapping[str, Any]) -> Mapping[str, Any]:
     for key in overrides:
-        if key not in _OVERRIDES:
-            near = difflib.get_close_matches(str(key), _OVERRIDES, n=1)
-            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(_OVERRIDES))}"
+        if key not in OVERRIDE_KEYS:
+            near = difflib.get_close_matches(str(key), OVERRIDE_KEYS, n=1)
+            hint = f"did you mean {near[0]}?" if near else f"known are {', '.join(sorted(OVERRIDE_KEYS))}"
             raise TokenizerError(f"processor.tokenizer.{key}: unknown key; {hint}")
     return overrides
 
@@ -317,17 +319,12 @@ class _Defaults:
 
 
 def _from_tokenizer_json(path: Path, settings: _Settings) -> Backend:
-    try:
+    with library_errors(f"{path}: not a usable tokenizer.json"):
         backend = Backend.from_file(str(path))
-    except Exception as error:
-        raise TokenizerError(f"{path}: not a usable tokenizer.json: {one_line(error)}") from None
     if settings.tokenizer_class == "Qwen2Tokenizer" and backend.normalizer is None:
         backend.normalizer = normalizers.NFC()
-    missing = {
-        token_id: token
-        for token_id, token in settings.added_tokens.items()
-        if _is_new(backend, token, token_id)
-    }
+    known = backend.get_added_tokens_decoder()
+    missing = {token_id: token for token_id, token in settings.added_tokens.items() if token_id not in known}
     backend.add_tokens([missing[token_id] for token_id in sorted(missing)])
     for token_id, token in missing.items():
         if backend.token_to_id(token.content) != token_id:
@@ -336,10 +333,6 @@ def _from_tokenizer_json(path: Path, settings: _Settings) -> Backend:
                 f"for which {path.name} has no room at that id"
             )
     return backend
-
-
-def _is_new(backend: Backend, token: AddedToken, token_id: int) -> bool:
-    return backend.token_to_id(token.content) is None or token_id not in backend.get_added_tokens_decoder()
 
 
 def _from_vocab_and_merges(
@@ -359,14 +352,8 @@ def _from_vocab_and_merges(
     added = dict(settings.added_tokens)
     if not added and name == "Qwen2Tokenizer":
         new = [token for token in _QWEN2_TOKENS if token not in vocab]
-        first = max(vocab.values(), default=-1) + 1
-        ids = {
-            token: vocab.get(token, first + new.index(token) if token in new else 0)
-            for token in _QWEN2_TOKENS
-        }
-        added = {
-            token_id: AddedToken(token, normalized=False, special=True) for token, token_id in ids.items()
-        }
+        ids = {**vocab, **dict(zip(new, count(1 + max(vocab.values(), default=-1)), strict=False))}
+        added = {ids[token]: AddedToken(token, normalized=False, special=True) for token in _QWEN2_TOKENS}
     merges = _read_merges(merges_path)
     family = PRETOKENIZERS[families[name]]
     backend = byte_level_bpe(_with_added(vocab, added), merges, family, str(merges_path))

@@ -6,7 +6,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
 
 from tokenizers import Regex, Tokenizer, decoders, models, normalizers, pre_tokenizers, processors
@@ -58,10 +59,8 @@ def byte_level_bpe(
     vocab: Mapping[str, int], merges: Sequence[tuple[str, str]], pretokenizer: Pretokenizer, source: str
 ) -> Tokenizer:
     """A byte-level BPE pipeline; `source` names the file in errors."""
-    try:
+    with library_errors(f"{source}: the vocabulary and merges do not fit"):
         model = models.BPE(dict(vocab), list(merges), ignore_merges=pretokenizer.ignore_merges)
-    except Exception as error:
-        raise TokenizerError(f"{source}: {one_line(error)}; the vocabulary and merges do not fit") from None
     tokenizer = Tokenizer(model)
     if pretokenizer.nfc:
         tokenizer.normalizer = normalizers.NFC()
@@ -97,7 +96,7 @@ def sentencepiece_bpe(
     not if it begins with a space already, as in transformers 5.
     """
     merges = merges_by_score(vocab, scores, source)
-    try:
+    with library_errors(f"{source}: not a usable vocabulary"):
         model = models.BPE(
             dict(vocab),
             merges,
@@ -105,13 +104,11 @@ def sentencepiece_bpe(
             fuse_unk=True,
             byte_fallback=options.byte_fallback,
         )
-    except Exception as error:
-        raise TokenizerError(f"{source}: {one_line(error)}") from None
     tokenizer = Tokenizer(model)
 
     normalize: list[normalizers.Normalizer] = []
     if options.remove_extra_whitespaces:
-        normalize += [normalizers.Replace(Regex("^ +| +$"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
+        normalize += [normalizers.Replace(Regex(r"\A +| +\z"), ""), normalizers.Replace(Regex(" {2,}"), " ")]
     if options.legacy:
         if options.add_dummy_prefix:
             normalize.append(normalizers.Prepend(SPACE))
@@ -161,6 +158,18 @@ def add_boundaries(tokenizer: Tokenizer, bos: str | None, eos: str | None) -> No
     special = [(token, tokenizer.token_to_id(token)) for token in (bos, eos) if token is not None]
     template = [token for token in (bos, "$A", eos) if token is not None]
     tokenizer.post_processor = processors.TemplateProcessing(single=template, special_tokens=special)
+
+
+@contextmanager
+def library_errors(prefix: str) -> Iterator[None]:
+    """What the tokenizers library has against a file becomes a TokenizerError."""
+    try:
+        yield
+    except BaseException as error:
+        # A Rust panic is no Exception, so that nobody swallows it by accident; here it is a damaged file.
+        if isinstance(error, Exception) or type(error).__name__ == "PanicException":
+            raise TokenizerError(f"{prefix}: {one_line(error)}") from None
+        raise
 
 
 def one_line(error: BaseException) -> str:

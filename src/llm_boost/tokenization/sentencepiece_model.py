@@ -6,6 +6,7 @@ length is checked against the bytes that are left before it is used.
 
 from __future__ import annotations
 
+import re
 import struct
 from collections.abc import Iterator
 from dataclasses import dataclass, field
@@ -13,6 +14,8 @@ from enum import IntEnum
 from pathlib import Path
 
 from llm_boost.errors import TokenizerError
+
+_TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
 
 Value = int | memoryview
 
@@ -69,6 +72,10 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
     try:
         model = parse_sentencepiece_model(data)
     except ValueError as error:
+        if _TIKTOKEN_LINE.match(data):
+            raise TokenizerError(
+                f"{path}: a tiktoken vocabulary (as Llama 3's) is not supported; use tokenizer.json"
+            ) from None
         raise TokenizerError(f"{path}: not a sentencepiece model: {error}") from None
     _require_supported(model, path)
     return model
@@ -144,7 +151,7 @@ def _require_supported(model: SentencePieceModel, path: Path) -> None:
         )
     if model.charsmap:
         raise TokenizerError(
-            f"{path}: it normalises characters by a table (precompiled_charsmap); only identity is supported: "
+            f"{path}: it normalises by a table (precompiled_charsmap), only identity is supported; "
             "convert it to tokenizer.json"
         )
     if model.whitespace_as_suffix or not model.escape_whitespaces:

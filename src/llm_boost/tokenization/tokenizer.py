@@ -45,6 +45,10 @@ class Tokenizer:
     """Text to ids and back, and chats to prompts.
 
     Made by `load_tokenizer` or `Tokenizer.from_gguf`. Safe to use from several threads at once.
+
+    `vocab_size` counts the ids, added tokens among them; a model may have more rows than that.
+    `eos_token_ids` are all ids that end a text, `eos_token_id` is the first of them.
+    `model_max_length` (in tokens) is None where the checkpoint names none.
     """
 
     def __init__(
@@ -66,7 +70,9 @@ class Tokenizer:
         self._chat_templates = chat_templates or ChatTemplates()
         self._detokenizer = Detokenizer(backend, source)
         self.model_max_length = model_max_length
-        self.vocab_size = max(backend.get_vocab().values(), default=-1) + 1
+        self.vocab_size = max(
+            backend.get_vocab_size(), 1 + max(backend.get_added_tokens_decoder(), default=-1)
+        )
         self.bos_token_id = self._id_of(special_tokens.bos, "bos_token")
         self.pad_token_id = self._id_of(special_tokens.pad, "pad_token")
         self.unk_token_id = self._id_of(special_tokens.unk, "unk_token")
@@ -80,14 +86,15 @@ class Tokenizer:
         )
 
     @classmethod
-    def from_gguf(cls, metadata: Mapping[str, Any]) -> Tokenizer:
+    def from_gguf(cls, metadata: Mapping[str, Any], *, source: str = "GGUF") -> Tokenizer:
         """The tokenizer inside a GGUF file; `metadata` maps its keys to plain values and lists.
 
+        `source` names the file in errors.
         TokenizerError: a key is missing or of the wrong type, or the tokenizer is of a kind not known here.
         """
         from llm_boost.tokenization.gguf import load_gguf_tokenizer
 
-        return load_gguf_tokenizer(metadata)
+        return load_gguf_tokenizer(metadata, source)
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
         """The ids of a text. Special tokens written in it become their ids. RequestError: it is not Unicode.
@@ -145,8 +152,9 @@ class Tokenizer:
                 raise RequestError(
                     f"messages[{index}]: {type(message).__name__}, it must be an object with a role"
                 )
+        template, source = self._choose_template(chat_template, tools)
         return render_chat(
-            self._choose_template(chat_template, tools),
+            template,
             {
                 **self._special_tokens.as_variables(),
                 "documents": None,
@@ -155,7 +163,7 @@ class Tokenizer:
                 "tools": None if tools is None else list(tools),
                 "add_generation_prompt": add_generation_prompt,
             },
-            self._chat_templates.source,
+            source,
         )
 
     def encode_chat(self, messages: Sequence[Mapping[str, Any]], **options: Any) -> list[int]:
@@ -165,13 +173,16 @@ class Tokenizer:
         """
         return self.encode(self.apply_chat_template(messages, **options), add_special_tokens=False)
 
-    def _choose_template(self, asked: str | None, tools: Sequence[Mapping[str, Any]] | None) -> str:
-        named = self._chat_templates.named
-        if asked is not None:
-            return named.get(asked, asked)
-        for name in ("tool_use", "default") if tools else ("default",):
+    def _choose_template(
+        self, asked: str | None, tools: Sequence[Mapping[str, Any]] | None
+    ) -> tuple[str, str]:
+        """A template, and where it came from."""
+        named, source = self._chat_templates.named, self._chat_templates.source
+        if asked is not None and asked not in named:
+            return asked, "chat_template"
+        for name in (asked,) if asked else ("tool_use", "default") if tools else ("default",):
             if name in named:
-                return named[name]
+                return named[name], source
         if named:
             raise RequestError(
                 f"chat_template: {self._source} has no default one; choose one of {', '.join(sorted(named))}"
