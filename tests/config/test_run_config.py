@@ -48,7 +48,7 @@ def test_file_values(qwen):
     assert run.sampling()["repetition_penalty"] == 1.05
     assert run.vocab_file is None  # the placeholder /path/vocab.json
     assert run.tokenizer_overrides["eos_token"] == "<|im_end|>"
-    assert run.tokenizer_overrides["bos_token_id"] == 151643
+    assert run.tokenizer_overrides.keys() == {"type", "unk_token", "eos_token", "pad_token", "chat_template"}
 
 
 def test_float16_runs_as_bfloat16_and_says_so(qwen):
@@ -221,3 +221,10 @@ def test_the_flags_that_switch_ranks_off_outrank_the_file(edited):
 def test_frozen():
     with pytest.raises(ValidationError):
         config().seed = 1
+
+
+def test_tokenizer_file_of_the_file(edited, tmp_path):
+    path = tmp_path / "tokenizer.json"
+    path.touch()
+    file = edited(('vocab_file: "/path/vocab.json"', f"tokenizer_file: {path}"))
+    assert config({}, file).vocab_file == path

@@ -5,6 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
+from llm_boost.cli.options import note
 from llm_boost.config.locations import find_model
 
 if TYPE_CHECKING:
@@ -19,6 +20,10 @@ def build_llm(resolved: Resolved) -> LLM:
     path = find_model(config.model, config.cache_dir)
     if resolved.yaml is not None:
         _check_against_checkpoint(resolved.yaml, path)
+    overrides = config.tokenizer_overrides
+    if overrides and path.suffix == ".gguf" and config.vocab_file is None and config.merges_file is None:
+        note("note: processor.tokenizer of the YAML is without effect: the GGUF file holds its own tokenizer")
+        overrides = {}
     from llm_boost import LLM
 
     return LLM(
@@ -32,7 +37,7 @@ def build_llm(resolved: Resolved) -> LLM:
         num_blocks=config.num_blocks,
         vocab_file=config.vocab_file,
         merges_file=config.merges_file,
-        tokenizer_overrides=config.tokenizer_overrides or None,
+        tokenizer_overrides=overrides or None,
     )
 
 

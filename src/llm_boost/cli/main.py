@@ -10,7 +10,6 @@ from importlib import import_module
 
 import click
 
-from llm_boost import __version__
 from llm_boost.errors import LLMBoostError
 from llm_boost.suggest import did_you_mean
 
@@ -54,6 +53,14 @@ class _LazyGroup(click.Group):
             formatter.write_dl([(verb, line) for verb, (_, line) in _VERBS.items()])
 
 
+def _show_version(context: click.Context, parameter: click.Parameter, wanted: bool) -> None:
+    if wanted:
+        from llm_boost import __version__
+
+        click.echo(f"llm-boost {__version__}")
+        context.exit()
+
+
 @click.group(
     cls=_LazyGroup,
     epilog=_EPILOG,
@@ -64,7 +71,9 @@ class _LazyGroup(click.Group):
         "max_content_width": 110,
     },
 )
-@click.version_option(__version__, prog_name="llm-boost")
+@click.option(
+    "--version", is_flag=True, expose_value=False, is_eager=True, callback=_show_version, help="Show it."
+)
 @click.option(
     "--debug", is_flag=True, expose_value=False, help="Show the traceback of an error (works anywhere)."
 )

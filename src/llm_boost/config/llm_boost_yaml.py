@@ -91,8 +91,6 @@ class _ModelConfig(_Section):
     scaling_factor: Annotated[Number, Field(gt=0)] | None = None
     extend_method: Literal["None", "PI", "NTK"] | None = None
     eos_token_id: TokenIds | None = None
-    bos_token_id: TokenId | None = None
-    pad_token_id: TokenId | None = None
     compute_dtype: ComputeDtype | None = None
     block_size: Size | None = None
     num_blocks: Size | None = None
@@ -105,6 +103,8 @@ class _ModelConfig(_Section):
     top_p: Annotated[Number, Field(gt=0, le=1)] | None = None
     repetition_penalty: Annotated[Number, Field(gt=0)] | None = None
     checkpoint_name_or_path: str | None = None
+    bos_token_id: Idle[TokenId] = None  # the tokenizer's own begin a text; to_hf_config takes these two
+    pad_token_id: Idle[TokenId] = None
     auto_map: Idle[dict[str, Any]] = None  # names Python files of the checkpoint: never imported
     rotary_dtype: Idle[ComputeDtype] = None
     ignore_token_id: Idle[int] = None
@@ -135,8 +135,11 @@ class _Tokenizer(_Section):
     eos_token: str | None = None
     pad_token: str | None = None
     chat_template: str | None = None
+    additional_special_tokens: list[str] | None = None
     add_bos_token: bool | None = None
-    add_eos_token: Idle[bool] = None
+    add_eos_token: bool | None = None
+    add_prefix_space: bool | None = None
+    legacy: bool | None = None
     model_max_length: Idle[Size] = None
 
 

@@ -132,10 +132,8 @@ def resolve(
         dtype = settings["dtype"]
         settings["dtype"] = dtype._replace(value=check_dtype(dtype.origin, dtype.value))
     for name in ("vocab_file", "merges_file"):
-        if name in settings and not Path(settings[name].value).expanduser().exists():
-            raise ConfigError(
-                f"{settings[name].origin}: got {settings[name].value!r}: The {name} should exist."
-            )
+        if name in settings:
+            settings[name] = settings[name]._replace(value=_existing(settings[name], name))
     try:
         config = RunConfig(**{name: setting.value for name, setting in settings.items()})
     except ValidationError as error:
@@ -182,20 +180,21 @@ def _yaml_settings(yaml_config: LlmBoostYaml, notes: list[str]) -> dict[str, _Se
             f"{yaml_config.path}: model.model_config.compute_dtype: {model.compute_dtype} runs as bfloat16 "
             "(float16 overflows on Qwen2)"
         )
-    for name in ("vocab_file", "merges_file"):
-        value = getattr(tokenizer, name)
+    files = {"tokenizer_file": "vocab_file", "vocab_file": "vocab_file", "merges_file": "merges_file"}
+    for key, name in files.items():
+        value = getattr(tokenizer, key)
         if value and not value.startswith("/path/"):  # the shipped files' placeholder
-            take(name, value, f"processor.tokenizer.{name}")
-    overrides = tokenizer.model_dump(
-        exclude_none=True, exclude={"vocab_file", "merges_file", "model_max_length"}
-    )
-    ids = {
-        name: value
-        for name in ("bos_token_id", "pad_token_id")
-        if (value := getattr(model, name)) is not None
-    }
-    take("tokenizer_overrides", {**overrides, **ids} or None, "processor.tokenizer")
+            take(name, value, f"processor.tokenizer.{key}")
+    overrides = tokenizer.model_dump(exclude_none=True, exclude={*files, "model_max_length"})
+    take("tokenizer_overrides", overrides or None, "processor.tokenizer")
     return found
+
+
+def _existing(setting: _Setting, name: str) -> Path:
+    path = Path(setting.value).expanduser()
+    if not path.exists():
+        raise ConfigError(f"{setting.origin}: got {setting.value!r}: The {name} should exist.")
+    return path
 
 
 _RANK_FLAGS = ("use_parallel", "device_num", "device_id", "only_save_strategy")
