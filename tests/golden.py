@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -17,6 +17,7 @@ PROMPT_LENGTHS = (1, 17, 300)
 NEW_TOKENS = 32
 
 Logits = NDArray[np.float32]
+LoadRunner = Callable[[str, str], ModelRunner]  # of a golden checkpoint and a dtype; a fixture in conftest.py
 
 
 def model_dir(name: str) -> Path:

@@ -7,12 +7,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 
-from conftest import LoadRunner
 from golden import (
     GOLDEN_MODELS,
     NEW_TOKENS,
     PROMPT_LENGTHS,
     Golden,
+    LoadRunner,
     Sequences,
     load_golden,
     mean_kl,
