@@ -50,8 +50,8 @@ setup: .venv/.installed ## create .venv and install the project into it
 # ---- what people do
 
 run: setup ## pull a small model and let it answer; PROMPT="..." asks something else
-	@$(BIN)/llm-boost pull $(MODEL)
-	@$(BIN)/llm-boost predict --model $(MODEL) --chat --stream "$$PROMPT"
+	@$(BIN)/llm-boost pull $(MODEL) >/dev/null
+	@$(BIN)/llm-boost predict --model $(MODEL) --chat -- "$$PROMPT"
 
 test: setup .venv/.extra-test ## run the tests; TESTS="tests/x.py" chooses, LLM_BOOST_ISA=avx2 forces
 	@$(BIN)/python -m pytest -n 2 $(TESTS)

@@ -178,7 +178,7 @@ double probe_bandwidth(int threads, size_t bytes) {
 std::optional<double> probe_dot_rate(DotKind kind, int threads) {
   const std::optional<DotLoop> loop = widest_loop(kind);
   if (!loop) return std::nullopt;
-  const double seconds = shortest_round(threads, 100, [&](int, int) { loop->run(); });
+  const double seconds = shortest_round(threads, 200, [&](int, int) { loop->run(); });
   return 2.0 * loop->lanes * kIterations * threads / seconds;
 }
 

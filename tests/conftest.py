@@ -4,17 +4,12 @@ from __future__ import annotations
 
 import importlib.util
 import os
-from collections.abc import Callable
 from pathlib import Path
-from typing import TYPE_CHECKING
 
 import pytest
 
 from golden import LoadRunner, model_dir
-
-if TYPE_CHECKING:
-    from llm_boost.engine.batch import ModelRunner
-
+from llm_boost.engine.batch import ModelRunner
 
 
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:

@@ -17,7 +17,7 @@ PROMPT_LENGTHS = (1, 17, 300)
 NEW_TOKENS = 32
 
 Logits = NDArray[np.float32]
-LoadRunner = Callable[[str, str], ModelRunner]  # a golden model's name, a dtype
+LoadRunner = Callable[[str, str], ModelRunner]  # of a golden checkpoint and a dtype; a fixture in conftest.py
 
 
 def model_dir(name: str) -> Path:

@@ -8,11 +8,11 @@ import numpy as np
 import pytest
 
 from golden import (
-    LoadRunner,
     GOLDEN_MODELS,
     NEW_TOKENS,
     PROMPT_LENGTHS,
     Golden,
+    LoadRunner,
     Sequences,
     load_golden,
     mean_kl,

@@ -7,7 +7,7 @@ from typing import Any
 import numpy as np
 import pytest
 
-from golden import LoadRunner, GOLDEN_MODELS, NEW_TOKENS, PROMPT_LENGTHS, Sequences, model_dir, relative_error
+from golden import GOLDEN_MODELS, NEW_TOKENS, PROMPT_LENGTHS, LoadRunner, Sequences, model_dir, relative_error
 
 pytestmark = [pytest.mark.reference, pytest.mark.parametrize("name", GOLDEN_MODELS)]
 
