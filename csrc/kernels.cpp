@@ -144,7 +144,7 @@ void tile_rows(const TileArgs& t, int rows, float* acc) {
 }
 
 // Any number of rows of one panel times up to kChunkBlocks blocks.
-template <Format F, int Group = weight_group(F)>
+template <Format F, int Group = group_cols(F)>
 void panel(TileArgs t, int rows, int blocks, float* acc) {
   // Four unpacked steps of six bits leave no registers for more.
   constexpr int kBlocks = F == Format::kInt6 ? 1 : kTileBlocks;
@@ -179,7 +179,7 @@ void panel_of(Format f, bool expanded, const TileArgs& t, int rows, int blocks, 
     case Format::kBF16: return panel<Format::kBF16>(t, rows, blocks, acc);
     case Format::kInt8: return panel<Format::kInt8>(t, rows, blocks, acc);
     case Format::kInt4:
-      return expanded ? panel<Format::kInt8, weight_group(Format::kInt4)>(t, rows, blocks, acc)
+      return expanded ? panel<Format::kInt8, group_cols(Format::kInt4)>(t, rows, blocks, acc)
                       : panel<Format::kInt4>(t, rows, blocks, acc);
     case Format::kInt6:
       return expanded ? panel<Format::kInt8>(t, rows, blocks, acc) : panel<Format::kInt6>(t, rows, blocks, acc);
@@ -271,7 +271,7 @@ void linear(const LinearArgs& args, size_t block, size_t num_blocks, const Scrat
     t.count = n / per_count;
     for (size_t b = 0; b < num_blocks; ++b) {
       const uint8_t* data = weight.data + (block + b) * stride;
-      t.codes[b] = data + 64 + s0 * 4 / weight_group(f) * kBlockRows;
+      t.codes[b] = data + 64 + s0 * 4 / group_cols(f) * kBlockRows;
       t.w[b] = data + header + step_bytes(f, s0);
       if (expanded) {
         uint8_t* to = scratch.expanded + b * kStepsPerPass * kStepBytes;
@@ -357,7 +357,7 @@ void activate(const float* const* x, size_t num_rows, const float* norm, float e
         alignas(64) int8_t q[kGroup];
         const size_t g = k / kGroup;
         int32_t sums[2];
-        if (out.transformed) hadamard(y, kGroup);
+        if (out.rotated) hadamard(y, kGroup);
         quantize_group(y, q, &scales[g * num_rows + m], sums);
         for (size_t h = 0; h < 2; ++h) offsets[(2 * g + h) * num_rows + m] = -128 * sums[h];
         for (size_t s = 0; s < kGroupSteps; ++s)

@@ -21,7 +21,7 @@ struct Activations {
   uint8_t* values = nullptr;   // panel at row r: values + r * num_steps * 4
   float* scales = nullptr;     // int8 only; panel at row r: scales + r * num_groups, offsets + r * 2 * num_groups
   int32_t* offsets = nullptr;  // int8 only; -128 * the sum of each half group's values: what makes u8 weights signed
-  bool transformed = false;    // the values are of the Walsh-Hadamard transform
+  bool rotated = false;        // the values are of H x (layout.h)
 };
 
 struct Weight {

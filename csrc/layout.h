@@ -13,8 +13,12 @@
 //
 //   weight = row_scale * code[group] * (u8 - 128)    where u8 is the value, 4 * the six bits, or the codebook's entry
 //
-// Activations are int8 with one scale for kGroup columns. Those that meet int8 and int6 weights go through a
-// Walsh-Hadamard transform of each kGroup columns first, which spreads outliers; the packed weights are W H / kGroup.
+// Activations are int8 with one scale for kGroup columns. For int8 and int6 weights both sides are rotated: with H the
+// 64-point Walsh-Hadamard matrix (entries +1 and -1, Sylvester's order) applied to each kGroup columns,
+// W x = (W H / 64)(H x); the packer stores W H / 64, and H x is what is quantised. The rotation spreads an outlier
+// over its neighbours, which halves the error of the activations (benchmarks/DIARY.md, 2026-11-22).
+//
+// A scale code is signed: the int4 codebook is not symmetric, and a group may use it mirrored.
 //
 // Columns are padded with zeros to a whole step (f32, bf16) or group of kGroup (the others, before the transform),
 // rows to a whole block.
@@ -29,7 +33,7 @@ enum class Format : int { kF32 = 0, kBF16 = 1, kInt8 = 2, kInt4 = 3, kInt6 = 4 }
 
 constexpr int kBlockRows = 16;
 constexpr int kStepBytes = 64;  // kBlockRows rows of 4 bytes
-constexpr int kGroup = 64;      // columns of activations that share a scale
+constexpr int kGroup = 64;      // columns that are rotated together, and activations that share a scale
 constexpr int kGroupSteps = kGroup / 4;
 
 static constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
@@ -49,14 +53,20 @@ static constexpr size_t steps(Format f, size_t cols) {
 }
 
 static constexpr bool is_quantized(Format f) { return f != Format::kF32 && f != Format::kBF16; }
-static constexpr bool is_transformed(Format f) { return f == Format::kInt8 || f == Format::kInt6; }
+static constexpr bool is_rotated(Format f) { return f == Format::kInt8 || f == Format::kInt6; }
+
+constexpr int kMaxCode = 127;  // scale codes are within [-kMaxCode, kMaxCode]
 
 // Columns of weights that share a scale code.
-static constexpr int weight_group(Format f) { return f == Format::kInt4 ? 32 : 64; }
+static constexpr int group_cols(Format f) { return f == Format::kInt4 ? 32 : 64; }
+
+static constexpr size_t groups(Format f, size_t cols) {
+  return is_quantized(f) ? padded_cols(f, cols) / group_cols(f) : 0;
+}
 
 // Bytes before the values of a block: row scales and scale codes.
 static constexpr size_t header_bytes(Format f, size_t cols) {
-  return is_quantized(f) ? 64 + round_up(padded_cols(f, cols) / weight_group(f) * kBlockRows, 64) : 0;
+  return is_quantized(f) ? 64 + round_up(groups(f, cols) * kBlockRows, 64) : 0;
 }
 
 // Bytes of the first n steps of a block's values; n is even for int4, a multiple of kGroupSteps for int6.
@@ -72,7 +82,9 @@ static constexpr size_t matrix_bytes(Format f, size_t rows, size_t cols) {
   return round_up(rows, kBlockRows) / kBlockRows * block_bytes(f, cols);
 }
 
-// Values of a 4-bit weight in units of its scale, plus 128: denser near zero, where most weights of a group lie.
-constexpr uint8_t kInt4Codebook[16] = {1, 24, 45, 63, 79, 93, 106, 118, 129, 141, 153, 166, 181, 197, 217, 241};
+// Values of a 4-bit weight in units of its scale, plus 128: the levels of least squared error for groups of
+// 32 Gaussian values, each group with the scale and sign that suit it best. Ascending.
+constexpr uint8_t kInt4Codebook[16] = {1,   27,  49,  66,  81,  95,  107, 119,
+                                       130, 141, 153, 165, 178, 193, 211, 235};
 
 }  // namespace llmb

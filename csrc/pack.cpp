@@ -1,338 +1,437 @@
 #include "pack.h"
 
 #include <algorithm>
+#include <array>
 #include <atomic>
+#include <bit>
 #include <cmath>
 #include <cstring>
 #include <stdexcept>
+#include <string>
 #include <thread>
+#include <vector>
 
-// Plain loops that the compiler vectorises for the processor at hand; without contraction all clones agree to the bit.
-#if defined(__x86_64__) && defined(__GNUC__) && !defined(__clang__) && !defined(__SANITIZE_ADDRESS__)
-#define LLMB_CLONES __attribute__((target_clones("arch=x86-64-v4", "arch=x86-64-v3", "default")))
+// The searches are compiled for each width of vector; without contraction (-ffp-contract=off) all give the
+// same bytes.
+#if defined(__x86_64__) && defined(__linux__)
+#define LLMB_EVERY_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
-#define LLMB_CLONES
+#define LLMB_EVERY_WIDTH
 #endif
 
 namespace llmb {
 namespace {
 
-float from_bf16(uint16_t x) {
-  const uint32_t bits = static_cast<uint32_t>(x) << 16;
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
+// Every loop below runs over the 16 rows of a block at once, one row a vector lane: a tile is [columns][16
+// rows].
+constexpr int R = kBlockRows;
+
+// Groups smaller than this count as zero, so that no scale is ever denormal.
+constexpr float kTiny = 1e-30f;
+
+float from_bits(uint32_t bits) {
+  return std::bit_cast<float>(bits);
 }
 
-uint16_t to_bf16(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);  // nearest even; x is finite
+float half_to_float(uint16_t half) {
+  const uint32_t sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;
+  if (rest >= 0x7c00u << 13) return from_bits(sign | rest | 0x7f800000u);
+  return from_bits(std::bit_cast<uint32_t>(from_bits(rest) * 0x1p112f) |
+                   sign);  // 2^112: exponent bias 15 to 127
 }
 
-float from_f16(uint16_t x) {
-  const uint32_t sign = static_cast<uint32_t>(x & 0x8000u) << 16, exponent = (x >> 10) & 31u, mantissa = x & 0x3ffu;
-  if (exponent == 0) return (sign ? -1.0f : 1.0f) * static_cast<float>(mantissa) * 0x1p-24f;
-  const uint32_t bits = sign | ((exponent == 31 ? 255u : exponent + 112u) << 23) | (mantissa << 13);
-  float f;
-  std::memcpy(&f, &bits, 4);
-  return f;
+uint16_t to_bf16(float x) {  // nearest, ties to even; finite x
+  const uint32_t bits = std::bit_cast<uint32_t>(x);
+  return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
 
-void load_row(const MatrixPart& part, size_t row, size_t cols, float* out) {
-  const size_t at = row * cols;
-  switch (part.type) {
-    case Source::kF32: std::memcpy(out, static_cast<const float*>(part.data) + at, cols * sizeof(float)); return;
-    case Source::kF16:
-      for (size_t i = 0; i < cols; ++i) out[i] = from_f16(static_cast<const uint16_t*>(part.data)[at + i]);
-      return;
-    case Source::kBF16:
-      for (size_t i = 0; i < cols; ++i) out[i] = from_bf16(static_cast<const uint16_t*>(part.data)[at + i]);
-      return;
-  }
+// The nearest integer, ties to even, for |x| < 2^22.
+float round_even(float x) {
+  return (x + 12582912.0f) - 12582912.0f;
 }
 
-// ---- choosing scales and values of one group --------------------------------------------------------------------
-
-// What a group's values are rounded to: levels in units of the scale, ascending, with the borders between them.
-struct Levels {
-  int count = 0;
-  float level[16];
-  float border[15];
-
-  Levels() {
-    count = 16;
-    for (int i = 0; i < 16; ++i) level[i] = static_cast<float>(kInt4Codebook[i]) - 128.0f;
-    for (int i = 0; i < 15; ++i) border[i] = (level[i] + level[i + 1]) / 2;
-  }
-};
-
-const Levels& codebook() {
-  static const Levels levels;
-  return levels;
+bool is_finite(float x) {
+  return (std::bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
 }
 
-// out[i] = the nearest level of x[i] * inverse.
-LLMB_CLONES void nearest_levels(const float* __restrict x, float inverse, const Levels& levels, float* __restrict out) {
-  constexpr int n = weight_group(Format::kInt4);
-  const Levels local = levels;
-  for (int i = 0; i < n; ++i) out[i] = local.level[0];
-  for (int j = 0; j < 15; ++j) {
-    const float border = local.border[j], level = local.level[j + 1];
-    for (int i = 0; i < n; ++i) out[i] = x[i] * inverse > border ? level : out[i];
-  }
-}
+// One row of a part.
+struct Row {
+  const void* data = nullptr;  // nullptr: a row of padding
+  Source type = Source::kF32;
 
-LLMB_CLONES void nearest_integers(const float* __restrict x, float inverse, int n, float low, float high,
-                                  float* __restrict out) {
-  for (int i = 0; i < n; ++i) {
-    const float y = x[i] * inverse;
-    const float magic = 12582912.0f;  // adding 1.5 * 2^23 rounds to the nearest integer, ties to even
-    out[i] = (std::min(std::max(y, low), high) + magic) - magic;
-  }
-}
-
-struct Fit {
-  float error;   // sum of (x - scale * v)^2
-  float refined;  // the scale that would make it smallest with these values
-};
-
-LLMB_CLONES Fit fit(const float* __restrict x, const float* __restrict v, float scale, int n) {
-  float error[16] = {}, cross[16] = {}, square[16] = {};
-  for (int i = 0; i < n; i += 16)
-    for (int l = 0; l < 16; ++l) {
-      const float d = x[i + l] - scale * v[i + l];
-      error[l] += d * d;
-      cross[l] += x[i + l] * v[i + l];
-      square[l] += v[i + l] * v[i + l];
+  float operator[](size_t k) const {
+    switch (type) {
+      case Source::kF32:
+        return static_cast<const float*>(data)[k];
+      case Source::kF16:
+        return half_to_float(static_cast<const uint16_t*>(data)[k]);
+      default:
+        return from_bits(uint32_t{static_cast<const uint16_t*>(data)[k]} << 16);
     }
-  float e = 0, c = 0, s = 0;
-  for (int l = 0; l < 16; ++l) {
-    e += error[l];
-    c += cross[l];
-    s += square[l];
   }
-  return {e, s > 0 ? c / s : 0.0f};
+};
+
+size_t source_bytes(Source type) {
+  return type == Source::kF32 ? 4 : 2;
 }
 
-// Rounds a group to its format's levels at a given scale; v in units of the scale.
-void round_group(Format f, const float* x, float scale, int n, float* v) {
-  const float inverse = scale != 0.0f ? 1.0f / scale : 0.0f;
-  switch (f) {
-    case Format::kInt8: return nearest_integers(x, inverse, n, -127.0f, 127.0f, v);
+// The rows of the packed matrix, block by block.
+class Rows {
+ public:
+  Rows(const MatrixPart* parts, size_t num_parts, bool interleave, size_t cols)
+      : parts_(parts, parts + num_parts), interleave_(interleave), cols_(cols) {
+    size_t total = 0;
+    for (const MatrixPart& part : parts_) {
+      if (interleave && part.rows != parts_[0].rows)
+        throw std::invalid_argument("interleaved matrices must have equal rows: " +
+                                    std::to_string(parts_[0].rows) + " and " + std::to_string(part.rows));
+      total += part.rows;
+    }
+    blocks_ =
+        interleave && num_parts ? num_parts * (round_up(parts_[0].rows, R) / R) : round_up(total, R) / R;
+  }
+
+  size_t blocks() const { return blocks_; }
+
+  std::array<Row, R> block(size_t b) const {
+    std::array<Row, R> rows;
+    for (int r = 0; r < R; r++) {
+      rows[r] = interleave_ ? row(b % parts_.size(), b / parts_.size() * R + r) : stacked(b * R + r);
+    }
+    return rows;
+  }
+
+ private:
+  Row row(size_t part, size_t r) const {
+    const MatrixPart& p = parts_[part];
+    if (r >= p.rows) return {};
+    return {static_cast<const uint8_t*>(p.data) + r * cols_ * source_bytes(p.type), p.type};
+  }
+
+  Row stacked(size_t r) const {
+    for (size_t part = 0; part < parts_.size(); r -= parts_[part++].rows)
+      if (r < parts_[part].rows) return row(part, r);
+    return {};
+  }
+
+  std::vector<MatrixPart> parts_;
+  bool interleave_;
+  size_t cols_, blocks_;
+};
+
+// tile[k][r] = rows[r][k]; returns how many are NaN or infinite. Padding stays as it is (zero).
+size_t load(const std::array<Row, R>& rows, size_t cols, float* tile) {
+  size_t bad = 0;
+  for (size_t start = 0; start < cols; start += kGroup) {
+    const size_t end = std::min(start + kGroup, cols);
+    for (int r = 0; r < R; r++) {
+      if (!rows[r].data) continue;
+      for (size_t k = start; k < end; k++) {
+        const float x = rows[r][k];
+        bad += !is_finite(x);
+        tile[k * R + r] = x;
+      }
+    }
+  }
+  return bad;
+}
+
+// tile[k][.] of each 64 columns becomes the fast Walsh-Hadamard transform of it, times `factor`.
+LLMB_EVERY_WIDTH void rotate(float* tile, size_t cols, float factor) {
+  for (float* t = tile; t < tile + cols * R; t += kGroup * R) {
+    for (int i = 0; i < kGroup * R; i++) t[i] *= factor;
+    for (int half = 1; half < kGroup; half *= 2)
+      for (int k = 0; k < kGroup; k++) {
+        if (k & half) continue;
+        float* a = t + k * R;
+        float* b = a + half * R;
+        for (int r = 0; r < R; r++) {
+          const float x = a[r], y = b[r];
+          a[r] = x + y;
+          b[r] = x - y;
+        }
+      }
+  }
+}
+
+void store_f32(const float* tile, size_t cols, uint8_t* out) {
+  std::memcpy(out, tile, cols * R * sizeof(float));
+}
+
+size_t store_bf16(const float* tile, size_t cols, uint8_t* out) {
+  size_t bad = 0;
+  for (size_t k = 0; k < cols; k++)
+    for (int r = 0; r < R; r++) {
+      const uint16_t x = to_bf16(tile[k * R + r]);
+      bad += (x & 0x7f80) == 0x7f80;  // a float beyond bfloat16's largest
+      std::memcpy(out + (k / 2 * R + r) * 4 + k % 2 * 2, &x, 2);
+    }
+  return bad;
+}
+
+// The codebook as signed values, and the midpoints between neighbours.
+struct Codebook {
+  float value[16], midpoint[15], gap[15];
+
+  constexpr Codebook() : value(), midpoint(), gap() {
+    for (int i = 0; i < 16; i++) value[i] = static_cast<float>(kInt4Codebook[i] - 128);
+    for (int i = 0; i < 15; i++) {
+      midpoint[i] = 0.5f * (value[i] + value[i + 1]);
+      gap[i] = value[i + 1] - value[i];
+    }
+  }
+};
+constexpr Codebook kCodebook;
+
+// The largest magnitude in each row of a group.
+void largest(const float* group, int cols, float* out) {
+  for (int r = 0; r < R; r++) out[r] = 0;
+  for (int k = 0; k < cols; k++)
+    for (int r = 0; r < R; r++) out[r] = std::max(out[r], std::fabs(group[k * R + r]));
+}
+
+void int8_scales(const float* group, float* scale) {
+  largest(group, group_cols(Format::kInt8), scale);
+  for (int r = 0; r < R; r++) scale[r] = scale[r] < kTiny ? 0 : scale[r] * (1 / 127.0f);
+}
+
+// What a weight in units of its scale is rounded to, for formats whose scale is searched for.
+struct Int4Levels {
+  static constexpr Format kFormat = Format::kInt4;
+  static constexpr float kGuesses[] = {0.68f, 0.774f, 0.868f, 0.962f, 1.056f, 1.15f};  // of the largest weight / end
+  static constexpr float kEnd = 127;
+
+  static float nearest(float t) {
+    float value = kCodebook.value[0];
+    for (int i = 0; i < 15; i++) value += t > kCodebook.midpoint[i] ? kCodebook.gap[i] : 0.0f;
+    return value;
+  }
+};
+
+struct Int6Levels {
+  static constexpr Format kFormat = Format::kInt6;
+  static constexpr float kGuesses[] = {0.94f, 1.0f, 1.06f};
+  static constexpr float kEnd = 128;
+
+  static float nearest(float t) { return 4 * std::clamp(round_even(0.25f * t), -32.0f, 31.0f); }
+};
+
+// For fixed levels c of the weights w the best scale is <w, c> / <c, c>, and what it explains of |w|^2 is
+// <w, c>^2 / <c, c>. Rounds each weight of a group to its nearest level under `guess`; where that explains more of
+// a row than `best` does, takes the scale that is best for these levels. Weights and scales are in units of
+// 1 / `unit`.
+template <typename Levels>
+inline void improve(const float* group, const float* unit, const float* guess, float* best, float* scale) {
+  float stretch[R], wc[R] = {}, cc[R] = {};
+  for (int r = 0; r < R; r++) stretch[r] = 1 / guess[r];
+  for (int k = 0; k < group_cols(Levels::kFormat); k++)
+    for (int r = 0; r < R; r++) {
+      const float w = group[k * R + r] * unit[r], value = Levels::nearest(w * stretch[r]);
+      wc[r] += w * value;
+      cc[r] += value * value;
+    }
+  for (int r = 0; r < R; r++) {
+    const float candidate = wc[r] / cc[r], explained = wc[r] * candidate;
+    scale[r] = explained > best[r] ? candidate : scale[r];
+    best[r] = std::max(best[r], explained);
+  }
+}
+
+// The scale of either sign that gives each row of a group the least squared error: the best of some guesses a
+// sign, and then twice rounded again and refitted.
+template <typename Levels>
+inline void searched_scales(const float* group, float* scale) {
+  float top[R], unit[R], guess[R], best[R] = {};
+  largest(group, group_cols(Levels::kFormat), top);
+  for (int r = 0; r < R; r++) unit[r] = top[r] < kTiny ? 0 : 1 / top[r];
+  for (int r = 0; r < R; r++) scale[r] = 1;
+  for (const float share : Levels::kGuesses)
+    for (const float end : {Levels::kEnd, -Levels::kEnd}) {
+      for (int r = 0; r < R; r++) guess[r] = share / end;
+      improve<Levels>(group, unit, guess, best, scale);
+    }
+  for (int i = 0; i < 2; i++) {
+    for (int r = 0; r < R; r++) guess[r] = scale[r];
+    improve<Levels>(group, unit, guess, best, scale);
+  }
+  for (int r = 0; r < R; r++) scale[r] = top[r] < kTiny ? 0 : scale[r] * top[r];
+}
+
+LLMB_EVERY_WIDTH void int4_scales(const float* group, float* scale) { searched_scales<Int4Levels>(group, scale); }
+
+LLMB_EVERY_WIDTH void int6_scales(const float* group, float* scale) { searched_scales<Int6Levels>(group, scale); }
+
+// Writes row scales and scale codes; scales [groups][16] become the inverses of the scales that these stand
+// for.
+void store_header(float* scales, size_t groups, uint8_t* out) {
+  float row_scale[R] = {};
+  for (size_t g = 0; g < groups; g++)
+    for (int r = 0; r < R; r++) row_scale[r] = std::max(row_scale[r], std::fabs(scales[g * R + r]));
+  for (int r = 0; r < R; r++) row_scale[r] /= kMaxCode;
+  std::memcpy(out, row_scale, sizeof row_scale);
+  auto* codes = reinterpret_cast<int8_t*>(out + sizeof row_scale);
+  for (size_t g = 0; g < groups; g++)
+    for (int r = 0; r < R; r++) {
+      float& scale = scales[g * R + r];
+      if (scale == 0) {
+        codes[g * R + r] = 0;
+        continue;
+      }
+      const float code = std::clamp(round_even(std::fabs(scale) / row_scale[r]), 1.0f, float{kMaxCode});
+      const float signed_code = std::copysign(code, scale);
+      codes[g * R + r] = static_cast<int8_t>(signed_code);
+      scale = 1 / (row_scale[r] * signed_code);
+    }
+}
+
+LLMB_EVERY_WIDTH void store_int8(const float* tile, const float* inverse, size_t cols, uint8_t* out) {
+  for (size_t k = 0; k < cols; k++)
+    for (int r = 0; r < R; r++) {
+      const float q = round_even(tile[k * R + r] * inverse[k / group_cols(Format::kInt8) * R + r]);
+      out[(k / 4 * R + r) * 4 + k % 4] =
+          static_cast<uint8_t>(static_cast<int>(std::clamp(q, -127.0f, 127.0f)) + 128);
+    }
+}
+
+LLMB_EVERY_WIDTH void store_int4(const float* tile, const float* inverse, size_t cols, uint8_t* out) {
+  for (size_t k = 0; k < cols; k++) {
+    int index[R];
+    for (int r = 0; r < R; r++) {
+      const float t = tile[k * R + r] * inverse[k / group_cols(Format::kInt4) * R + r];
+      int above = 0;
+      for (int i = 0; i < 15; i++) above += t > kCodebook.midpoint[i];
+      index[r] = above;
+    }
+    uint8_t* step = out + k / 8 * R * 4 + k % 4;
+    for (int r = 0; r < R; r++) {
+      if (k & 4)
+        step[r * 4] |= static_cast<uint8_t>(index[r] << 4);
+      else
+        step[r * 4] = static_cast<uint8_t>(index[r]);
+    }
+  }
+}
+
+LLMB_EVERY_WIDTH void store_int6(const float* tile, const float* inverse, size_t cols, uint8_t* out) {
+  std::memset(out, 0, step_bytes(Format::kInt6, cols / 4));
+  for (size_t k = 0; k < cols; k++) {
+    const size_t step = k / 4 % kGroupSteps;
+    uint8_t* group = out + step_bytes(Format::kInt6, k / kGroup * kGroupSteps) + k % 4;
+    uint8_t* low = group + step / 2 * kStepBytes;
+    uint8_t* high = group + (kGroupSteps / 2 + step / 4) * kStepBytes;
+    for (int r = 0; r < R; r++) {
+      const float t = tile[k * R + r] * inverse[k / group_cols(Format::kInt6) * R + r];
+      const int q = static_cast<int>(Int6Levels::nearest(t)) / 4 + 32;
+      low[r * 4] |= static_cast<uint8_t>((q & 15) << (step % 2 * 4));
+      high[r * 4] |= static_cast<uint8_t>((q >> 4) << (step % 4 * 2));
+    }
+  }
+}
+
+// What differs from one quantised format to another.
+struct Quantizer {
+  void (*scales)(const float* group, float* scale);
+  void (*store)(const float* tile, const float* inverse, size_t cols, uint8_t* out);
+};
+
+Quantizer quantizer(Format format) {
+  switch (format) {
+    case Format::kInt4:
+      return {int4_scales, store_int4};
     case Format::kInt6:
-      nearest_integers(x, inverse / 4.0f, n, -32.0f, 31.0f, v);
-      for (int i = 0; i < n; ++i) v[i] *= 4.0f;
-      return;
-    default: return nearest_levels(x, inverse, codebook(), v);
+      return {int6_scales, store_int6};
+    default:
+      return {int8_scales, store_int8};
   }
 }
 
-// The scale that loses least, of some around the one that maps the largest value to the end of the range, of either
-// sign (the ranges of int6 and int4 are not symmetric); then refined by least squares.
-float best_scale(Format f, const float* x, int n) {
-  float peak = 0;
-  for (int i = 0; i < n; ++i) peak = std::max(peak, std::fabs(x[i]));
-  if (peak < 1e-30f) return 0.0f;
-  if (f == Format::kInt8) return peak / 127.0f;
-  const float end = f == Format::kInt6 ? 128.0f : 128.0f - static_cast<float>(kInt4Codebook[0]);
-  const float first = f == Format::kInt6 ? 0.94f : 0.74f, last = f == Format::kInt6 ? 1.05f : 1.16f;
-  const int candidates = f == Format::kInt6 ? 4 : 9;
-  float v[kGroup], best = 0, refined = 0, error = INFINITY;
-  const auto consider = [&](float scale) {
-    round_group(f, x, scale, n, v);
-    const Fit result = fit(x, v, scale, n);
-    if (result.error < error) {
-      error = result.error;
-      best = scale;
-      refined = result.refined;
-    }
-  };
-  for (int sign = -1; sign <= 1; sign += 2)
-    for (int i = 0; i < candidates; ++i) {
-      const float factor = first + (last - first) * static_cast<float>(i) / static_cast<float>(candidates - 1);
-      consider(static_cast<float>(sign) * peak * factor / end);
-    }
-  for (int pass = 0; pass < 2; ++pass) consider(refined);
-  return best;
+void store_quantized(Format format, float* tile, size_t cols, std::vector<float>& scales, uint8_t* out) {
+  const size_t padded = padded_cols(format, cols), num_groups = groups(format, cols);
+  const Quantizer q = quantizer(format);
+  if (is_rotated(format)) rotate(tile, padded, 1.0f / kGroup);
+  for (size_t g = 0; g < num_groups; g++) q.scales(tile + g * group_cols(format) * R, &scales[g * R]);
+  std::memset(out, 0, header_bytes(format, cols));
+  store_header(scales.data(), num_groups, out);
+  q.store(tile, scales.data(), padded, out + header_bytes(format, cols));
 }
 
-// ---- blocks --------------------------------------------------------------------------------------------------
-
-void hadamard(float* x) {
-  for (int h = 1; h < kGroup; h *= 2)
-    for (int i = 0; i < kGroup; ++i)
-      if (!(i & h)) {
-        const float a = x[i], b = x[i + h];
-        x[i] = a + b;
-        x[i + h] = a - b;
-      }
-}
-
-// The value of `row` at column k goes to byte 4 * row + k % 4 of step k / 4.
-void put_value(Format f, uint8_t* values, size_t row, size_t k, float level) {
-  const size_t step = k / 4, byte = row * 4 + k % 4;
-  const int u = static_cast<int>(level) + 128;
-  if (f == Format::kInt8) {
-    values[step * kStepBytes + byte] = static_cast<uint8_t>(u);
-    return;
-  }
-  if (f == Format::kInt4) {
-    const auto index = std::find(kInt4Codebook, kInt4Codebook + 16, u) - kInt4Codebook;
-    values[step / 2 * kStepBytes + byte] |= static_cast<uint8_t>(index << (step % 2 * 4));
-    return;
-  }
-  uint8_t* group = values + step_bytes(f, step / kGroupSteps * kGroupSteps);
-  const size_t s = step % kGroupSteps, q = u / 4;
-  group[s / 2 * kStepBytes + byte] |= static_cast<uint8_t>((q & 15) << (s % 2 * 4));
-  group[(kGroupSteps / 2 + s / 4) * kStepBytes + byte] |= static_cast<uint8_t>((q >> 4) << (s % 4 * 2));
-}
-
-void pack_quantized_row(Format f, size_t cols, float* x, size_t row, uint8_t* block) {
-  const size_t padded = padded_cols(f, cols), group = weight_group(f), groups = padded / group;
-  if (is_transformed(f))
-    for (size_t k = 0; k < padded; k += kGroup) {
-      hadamard(x + k);
-      for (int i = 0; i < kGroup; ++i) x[k + i] *= 1.0f / kGroup;
-    }
-  std::vector<float> scales(groups);
-  float peak = 0;
-  for (size_t g = 0; g < groups; ++g) {
-    scales[g] = best_scale(f, x + g * group, static_cast<int>(group));
-    peak = std::max(peak, std::fabs(scales[g]));
-  }
-  const float row_scale = peak / 127.0f;
-  std::memcpy(block + row * 4, &row_scale, 4);
-  uint8_t* codes = block + 64;
-  uint8_t* values = block + header_bytes(f, cols);
-  for (size_t g = 0; g < groups; ++g) {
-    float code = row_scale > 0 ? std::nearbyint(scales[g] / row_scale) : 0.0f;
-    if (code == 0.0f && scales[g] != 0.0f) code = scales[g] > 0 ? 1.0f : -1.0f;
-    codes[g * kBlockRows + row] = static_cast<uint8_t>(static_cast<int8_t>(code));
-    float v[kGroup];
-    round_group(f, x + g * group, code * row_scale, static_cast<int>(group), v);
-    for (size_t i = 0; i < group; ++i) put_value(f, values, row, g * group + i, v[i]);
+// Packs one block; returns how many weights are NaN or infinite.
+size_t pack_block(Format format, const std::array<Row, R>& rows, size_t cols, std::vector<float>& tile,
+                  std::vector<float>& scales, uint8_t* out) {
+  std::fill(tile.begin(), tile.end(), 0.0f);
+  if (const size_t bad = load(rows, cols, tile.data())) return bad;
+  switch (format) {
+    case Format::kF32:
+      store_f32(tile.data(), cols, out);
+      return 0;
+    case Format::kBF16:
+      return store_bf16(tile.data(), padded_cols(format, cols), out);
+    default:
+      store_quantized(format, tile.data(), cols, scales, out);
+      return 0;
   }
 }
 
-void pack_row(Format f, size_t cols, float* x, size_t row, uint8_t* block) {
-  if (f == Format::kF32) {
-    for (size_t k = 0; k < cols; ++k) std::memcpy(block + k * kStepBytes + row * 4, x + k, 4);
-  } else if (f == Format::kBF16) {
-    for (size_t k = 0; k < padded_cols(f, cols); ++k) {
-      const uint16_t half = to_bf16(x[k]);
-      std::memcpy(block + k / 2 * kStepBytes + row * 4 + k % 2 * 2, &half, 2);
-    }
-  } else {
-    pack_quantized_row(f, cols, x, row, block);
-  }
+// The u8 value of column k in row r of a block of quantised values.
+int value_at(Format format, const uint8_t* values, size_t k, int r) {
+  const size_t step = k / 4, byte = r * 4 + k % 4;
+  if (format == Format::kInt8) return values[step * kStepBytes + byte];
+  if (format == Format::kInt4)
+    return kInt4Codebook[values[step / 2 * kStepBytes + byte] >> (step % 2 * 4) & 15];
+  const uint8_t* group = values + step_bytes(format, step / kGroupSteps * kGroupSteps);
+  const size_t s = step % kGroupSteps;
+  const int low = group[s / 2 * kStepBytes + byte] >> (s % 2 * 4) & 15;
+  const int high = group[(kGroupSteps / 2 + s / 4) * kStepBytes + byte] >> (s % 4 * 2) & 3;
+  return 4 * (low | high << 4);
 }
-
-// Where the rows of a packed block come from.
-struct Rows {
-  const std::vector<MatrixPart>& parts;
-  bool interleave;
-
-  size_t blocks() const {
-    size_t rows = 0, blocks = 0;
-    for (const MatrixPart& p : parts) {
-      rows += p.rows;
-      blocks += (p.rows + kBlockRows - 1) / kBlockRows;
-    }
-    return interleave ? blocks : (rows + kBlockRows - 1) / kBlockRows;
-  }
-
-  // The row of some part, or false where there is only padding.
-  bool find(size_t block, size_t row, const MatrixPart** part, size_t* part_row) const {
-    if (interleave) {
-      *part = &parts[block % parts.size()];
-      *part_row = block / parts.size() * kBlockRows + row;
-      return *part_row < (*part)->rows;
-    }
-    size_t at = block * kBlockRows + row;
-    for (const MatrixPart& p : parts) {
-      if (at < p.rows) {
-        *part = &p;
-        *part_row = at;
-        return true;
-      }
-      at -= p.rows;
-    }
-    return false;
-  }
-};
 
 }  // namespace
 
-void pack_matrix(Format format, const std::vector<MatrixPart>& parts, bool interleave, size_t cols, uint8_t* out,
-                 int num_threads) {
-  const Rows rows{parts, interleave};
-  const size_t blocks = rows.blocks(), stride = block_bytes(format, cols);
-  std::atomic<size_t> next{0}, not_finite{0};
-  const auto work = [&] {
-    std::vector<float> x(padded_cols(format, cols));
-    for (size_t b; (b = next.fetch_add(1)) < blocks;) {
-      uint8_t* block = out + b * stride;
-      std::memset(block, 0, stride);
-      for (size_t r = 0; r < kBlockRows; ++r) {
-        const MatrixPart* part;
-        size_t part_row;
-        std::fill(x.begin(), x.end(), 0.0f);
-        if (rows.find(b, r, &part, &part_row)) load_row(*part, part_row, cols, x.data());
-        for (float& v : x)
-          if (!std::isfinite(v)) {
-            not_finite.fetch_add(1);
-            v = 0;
-          }
-        pack_row(format, cols, x.data(), r, block);
-      }
-    }
-  };
-  std::vector<std::thread> threads;
-  for (int t = 1; t < num_threads; ++t) threads.emplace_back(work);
-  work();
-  for (std::thread& t : threads) t.join();
-  if (not_finite) throw std::invalid_argument("holds values that are not finite numbers");
+size_t packed_bytes(Format format, const MatrixPart* parts, size_t num_parts, bool interleave, size_t cols) {
+  return Rows(parts, num_parts, interleave, cols).blocks() * block_bytes(format, cols);
 }
 
-void unpack_matrix(Format format, const uint8_t* packed, size_t rows, size_t cols, float* out) {
-  const size_t stride = block_bytes(format, cols), padded = padded_cols(format, cols);
-  std::vector<float> x(padded);
-  for (size_t row = 0; row < rows; ++row) {
-    const uint8_t* block = packed + row / kBlockRows * stride;
-    const size_t r = row % kBlockRows;
-    const uint8_t* values = block + header_bytes(format, cols);
-    float row_scale = 0;
-    if (is_quantized(format)) std::memcpy(&row_scale, block + r * 4, 4);
-    for (size_t k = 0; k < padded; ++k) {
-      const size_t step = k / 4, byte = r * 4 + k % 4;
-      if (format == Format::kF32) {
-        std::memcpy(&x[k], block + k * kStepBytes + r * 4, 4);
-        continue;
+void pack_matrix(Format format, const MatrixPart* parts, size_t num_parts, bool interleave, size_t cols,
+                 uint8_t* out, int num_threads) {
+  const Rows rows(parts, num_parts, interleave, cols);
+  std::atomic<size_t> next{0}, bad{0};
+  const auto work = [&] {
+    std::vector<float> tile(padded_cols(format, cols) * R), scales(groups(format, cols) * R);
+    for (size_t b; (b = next++) < rows.blocks();)
+      bad += pack_block(format, rows.block(b), cols, tile, scales, out + b * block_bytes(format, cols));
+  };
+  std::vector<std::thread> others;
+  for (int i = 1; i < num_threads; i++) others.emplace_back(work);
+  work();
+  for (std::thread& other : others) other.join();
+  if (bad) throw std::invalid_argument(std::to_string(bad) + " weights are NaN or infinite");
+}
+
+void unpack_rows(Format format, const uint8_t* packed, size_t rows, size_t cols, float* out) {
+  const size_t padded = padded_cols(format, cols);
+  std::vector<float> tile(padded * R);
+  for (size_t first = 0; first < rows; first += R, packed += block_bytes(format, cols)) {
+    const uint8_t* quants = packed + header_bytes(format, cols);
+    float row_scale[R];
+    if (is_quantized(format)) std::memcpy(row_scale, packed, sizeof row_scale);
+    const auto* codes = reinterpret_cast<const int8_t*>(packed + sizeof row_scale);
+    for (size_t k = 0; k < padded; k++)
+      for (int r = 0; r < R; r++) {
+        float& x = tile[k * R + r];
+        if (format == Format::kF32) {
+          std::memcpy(&x, quants + (k * R + r) * 4, 4);
+        } else if (format == Format::kBF16) {
+          uint16_t bits;
+          std::memcpy(&bits, quants + (k / 2 * R + r) * 4 + k % 2 * 2, 2);
+          x = from_bits(uint32_t{bits} << 16);
+        } else {
+          const float scale = row_scale[r] * codes[k / group_cols(format) * R + r];
+          x = scale * static_cast<float>(value_at(format, quants, k, r) - 128);
+        }
       }
-      if (format == Format::kBF16) {
-        uint16_t half;
-        std::memcpy(&half, block + k / 2 * kStepBytes + r * 4 + k % 2 * 2, 2);
-        x[k] = from_bf16(half);
-        continue;
-      }
-      int u;
-      if (format == Format::kInt8) {
-        u = values[step * kStepBytes + byte];
-      } else if (format == Format::kInt4) {
-        u = kInt4Codebook[values[step / 2 * kStepBytes + byte] >> (step % 2 * 4) & 15];
-      } else {
-        const uint8_t* group = values + step_bytes(format, step / kGroupSteps * kGroupSteps);
-        const size_t s = step % kGroupSteps;
-        u = 4 * ((group[s / 2 * kStepBytes + byte] >> (s % 2 * 4) & 15) |
-                 (group[(kGroupSteps / 2 + s / 4) * kStepBytes + byte] >> (s % 4 * 2) & 3) << 4);
-      }
-      const auto code = static_cast<int8_t>(block[64 + k / weight_group(format) * kBlockRows + r]);
-      x[k] = row_scale * static_cast<float>(code) * static_cast<float>(u - 128);
-    }
-    if (is_transformed(format))
-      for (size_t k = 0; k < padded; k += kGroup) hadamard(x.data() + k);
-    std::memcpy(out + row * cols, x.data(), cols * sizeof(float));
+    if (is_rotated(format)) rotate(tile.data(), padded, 1.0f);
+    for (size_t r = 0; r < std::min<size_t>(R, rows - first); r++)
+      for (size_t k = 0; k < cols; k++) out[(first + r) * cols + k] = tile[k * R + r];
   }
 }
 

@@ -102,7 +102,7 @@ struct Plan::Linear : Plan::Op {
     act.cols = args.weight.cols;
     act.num_steps = steps(act.format, act.cols);
     act.num_groups = is_quantized(act.format) ? padded_cols(act.format, act.cols) / kGroup : 0;
-    act.transformed = is_transformed(args.weight.format);
+    act.rotated = is_rotated(args.weight.format);
     act.values = store.values.data();
     act.scales = store.scales.data();
     act.offsets = store.offsets.data();
