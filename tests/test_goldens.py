@@ -64,9 +64,9 @@ def test_float32_prefill_in_chunks_beside_decode(name: str, load_runner: LoadRun
     assert sequences.greedy({2: logits[2]})[2] == long.greedy
 
 
-# Random weights quantise worse than trained ones. The bounds are twice what rounding weights and activations
-# as the formats do costs in transformers itself; a fault in a model costs several nats.
-@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 3e-4), ("int8", 8e-3), ("int4", 0.8)])
+# Random weights quantise worse than trained ones. The bounds are about twice what the formats cost by their
+# nature (rounded weights, activations, keys and values); a fault in a model costs several nats.
+@pytest.mark.parametrize(("dtype", "bound"), [("bfloat16", 5e-4), ("int8", 1.2e-2), ("int4", 0.6)])
 def test_quantised_logits_stay_close(name: str, dtype: str, bound: float, load_runner: LoadRunner) -> None:
     goldens = goldens_of(name)
     sequences = Sequences(load_runner(name, dtype), [golden.prompt for golden in goldens])

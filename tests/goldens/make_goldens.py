@@ -49,6 +49,7 @@ COMMON = {
     "vocab_size": 268,
     "num_hidden_layers": 2,
     "max_position_embeddings": 1024,
+    "rms_norm_eps": 1e-3,  # large, so that a norm which overlooks it is noticed
     "bos_token_id": 256,
     "eos_token_id": 258,
     "pad_token_id": None,

@@ -241,7 +241,8 @@ def about_software(cache: Path) -> list[Finding]:
             "versions",
             {"llm-boost": __version__, "python": platform.python_version(), **packages},
             f"llm-boost {__version__}, Python {platform.python_version()}",
-            ", ".join(f"{name} {found or 'missing!'}" for name, found in packages.items()),
+            ", ".join(f"{name} {found or 'missing!'}" for name, found in packages.items())
+            or "run from a source tree that is not installed, so the packages it wants are unknown",
         ),
         Finding(
             "optional_packages",
