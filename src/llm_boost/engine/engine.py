@@ -99,6 +99,7 @@ class Engine:
         last = [self._completion(chunk.sequence.order) for chunk in chunks if chunk.is_last]
         try:
             logits = self.runner.run(build_batch(chunks))
+            samples = self._sample(logits, last)
         except Exception as error:  # this batch's completions end with it, the loop does not
             everyone = [self._completion(chunk.sequence.order) for chunk in chunks]
             for completion in everyone:
@@ -106,7 +107,7 @@ class Engine:
             return self._publish(everyone)
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
-        for completion, sampled in zip(last, self._sample(logits, last), strict=True):
+        for completion, sampled in zip(last, samples, strict=True):
             self._append(completion, sampled)
         return self._publish(last)
 
