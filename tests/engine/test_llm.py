@@ -112,8 +112,9 @@ def test_a_prompt_at_fault_is_named_and_nothing_runs(make_llm):
         llm.generate(["a", "b", ""], GREEDY)
     with pytest.raises(RequestError, match=r"^prompt: got an empty string"):
         llm.generate("", GREEDY)
-    with pytest.raises(RequestError, match=r"^prompt: got int"):
-        llm.generate([5], GREEDY)
+    for wrong in (5, [5], None):
+        with pytest.raises(RequestError, match=r"^prompt: got (int|NoneType), allowed"):
+            llm.generate(wrong, GREEDY)
     assert not runner.batches
     assert not llm.engine.has_work
     assert len(llm.generate("a", GREEDY)) == 1

@@ -4,7 +4,7 @@ from typing import Any
 
 import numpy as np
 import pytest
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_boost.engine.sampling_params import SamplingParams
@@ -75,6 +75,7 @@ anything = (
 @given(
     st.lists(st.tuples(st.sampled_from(sorted(SamplingParams.__dataclass_fields__)), anything), max_size=4)
 )
+@settings(deadline=None)
 def test_whatever_is_asked_is_kept_or_refused(asked: list[tuple[str, Any]]) -> None:
     values = dict(asked)
     try:

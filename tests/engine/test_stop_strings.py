@@ -1,6 +1,6 @@
 from __future__ import annotations
 
-from hypothesis import given
+from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_boost.engine.stop_strings import StopStrings
@@ -20,6 +20,7 @@ def reference(text: str, stops: tuple[str, ...], include: bool) -> tuple[str, st
 
 
 @given(st.lists(letters, max_size=12), stops, st.booleans())
+@settings(deadline=None)
 def test_the_cut_does_not_depend_on_the_pieces(
     pieces: list[str], stops: tuple[str, ...], include: bool
 ) -> None:

@@ -111,6 +111,7 @@ def cases(draw: st.DrawFn, filters: bool = True) -> Case:
 
 
 @given(cases(filters=False))
+@settings(deadline=None)
 def test_greedy_takes_the_first_of_the_highest(case: Case) -> None:
     logits = edited(case)
     token, status, logprobs = case.run(temperature=0.0)
@@ -122,7 +123,7 @@ def test_greedy_takes_the_first_of_the_highest(case: Case) -> None:
 
 
 @given(cases())
-@settings(max_examples=300)
+@settings(max_examples=300, deadline=None)
 def test_the_draw_is_the_one_of_the_reference(case: Case) -> None:
     logits = edited(case)
     token, status, _ = case.run()
@@ -140,6 +141,7 @@ def test_the_draw_is_the_one_of_the_reference(case: Case) -> None:
 
 
 @given(cases(), st.integers(0, 20))
+@settings(deadline=None)
 def test_logprobs_are_of_the_raw_logits(case: Case, count: int) -> None:
     token, status, logprobs = case.run(num_logprobs=count)
     if status != 0:
@@ -158,7 +160,7 @@ def test_logprobs_are_of_the_raw_logits(case: Case, count: int) -> None:
 
 
 @given(st.lists(cases(), min_size=1, max_size=24), st.sampled_from([1, 2, 3]))
-@settings(max_examples=30)
+@settings(max_examples=30, deadline=None)
 def test_a_row_does_not_depend_on_its_batch_or_on_threads(batch: list[Case], threads: int) -> None:
     vocab = len(batch[0].logits)
     batch = [case for case in batch if len(case.logits) == vocab] * 3

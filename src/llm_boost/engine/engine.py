@@ -99,14 +99,15 @@ class Engine:
         last = [self._completion(chunk.sequence.order) for chunk in chunks if chunk.is_last]
         try:
             logits = self.runner.run(build_batch(chunks))
+            samples = self._sample(logits, last)
         except Exception as error:  # this batch's completions end with it, the loop does not
             everyone = [self._completion(chunk.sequence.order) for chunk in chunks]
             for completion in everyone:
-                self._fail(completion, f"the model failed: {type(error).__name__}: {error}")
+                self._fail(completion, f"the model failed: {_one_line(error)}")
             return self._publish(everyone)
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
-        for completion, sampled in zip(last, self._sample(logits, last), strict=True):
+        for completion, sampled in zip(last, samples, strict=True):
             self._append(completion, sampled)
         return self._publish(last)
 
@@ -138,7 +139,7 @@ class Engine:
         try:
             completion.append(sampled.token, sampled.logprobs)
         except Exception as error:  # a detokeniser that cannot cope with the text fails its own request only
-            self._fail(completion, f"detokenising failed: {type(error).__name__}: {error}")
+            self._fail(completion, f"detokenising failed: {_one_line(error)}")
             return
         if completion.finish_reason is not None:
             self.scheduler.finish(completion.sequence)
@@ -164,3 +165,7 @@ class Engine:
         request.metrics.finished_time = time.monotonic()
         del self._requests[request.request_id], self._by_number[request.number]
         return request.output()
+
+
+def _one_line(error: Exception) -> str:
+    return " ".join(f"{type(error).__name__}: {error}".split())

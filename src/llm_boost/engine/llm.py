@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import inspect
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from llm_boost.tokenization import Tokenizer
 
 Message = Mapping[str, Any]
+Progress = Callable[[int, int], None]
 
 
 class LoadedRunner(ModelRunner, Protocol):
@@ -97,7 +98,7 @@ class LLM:
         max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
             smoother for the requests that run beside them.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
-        progress: shows progress bars when packing takes long; by default when standard error is a terminal.
+        progress: called with (bytes done, bytes in all) while the weights are packed.
         vllm_options: other arguments of vLLM's LLM, accepted at the values at which they ask for nothing.
     """
 
@@ -118,10 +119,10 @@ class LLM:
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
-        progress: bool | None = None,
+        progress: Progress | None = None,
         **vllm_options: Any,
     ) -> None:
-        check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters))
+        check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters)[:-1])
         Engine.check_limits(max_num_seqs, max_num_batched_tokens, seed)
         self._parts = load_parts(
             model,
@@ -254,7 +255,7 @@ class LLM:
         stream: bool,
     ) -> list[str]:
         """Adds all requests or, when one is at fault, none."""
-        prompt_list: list[Prompt] = [prompts] if isinstance(prompts, (str, dict)) else list(prompts)
+        prompt_list: list[Prompt] = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]  # type: ignore[list-item]
         ids: list[str] = []
         try:
             for prompt, own in zip(prompt_list, self._params_for(prompt_list, params), strict=True):
