@@ -15,7 +15,8 @@ inline Format format_of(const std::string& name) {
   if (name == "int8") return Format::kInt8;
   if (name == "int6") return Format::kInt6;
   if (name == "int4") return Format::kInt4;
-  throw nanobind::value_error(("unknown format '" + name + "'; one of float32, bfloat16, int8, int6, int4").c_str());
+  throw nanobind::value_error(
+      ("unknown format '" + name + "'; one of float32, bfloat16, int8, int6, int4").c_str());
 }
 
 void bind_pack(nanobind::module_& m);

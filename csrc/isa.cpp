@@ -13,7 +13,8 @@ struct Entry {
 std::vector<Entry> entries() {
 #if defined(__x86_64__)
   __builtin_cpu_init();
-  const bool avx2 = __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
+  const bool avx2 =
+      __builtin_cpu_supports("avx2") && __builtin_cpu_supports("fma") && __builtin_cpu_supports("bmi2");
   const bool avx512 = avx2 && __builtin_cpu_supports("avx512f") && __builtin_cpu_supports("avx512bw") &&
                       __builtin_cpu_supports("avx512vl") && __builtin_cpu_supports("avx512dq") &&
                       __builtin_cpu_supports("avx512vnni");
@@ -42,7 +43,8 @@ const Kernels& kernels_for(const std::string& isa) {
     if (isa == e.kernels().name) return e.kernels();
     known += (known.empty() ? "" : ", ") + std::string(e.kernels().name);
   }
-  throw std::invalid_argument("instruction set '" + isa + "' is not available on this processor; available: " + known);
+  throw std::invalid_argument("instruction set '" + isa +
+                              "' is not available on this processor; available: " + known);
 }
 
 }  // namespace llmb

@@ -1,5 +1,5 @@
-// The kernels, compiled once an instruction set (see CMakeLists.txt). The slow obvious reference of each is in
-// tests/native/.
+// The kernels, compiled once an instruction set (see CMakeLists.txt). The slow obvious reference of each is
+// in tests/native/.
 #include "kernels.h"
 
 #include "simd.h"
@@ -8,10 +8,11 @@ namespace llmb {
 namespace LLMB_ISA {
 namespace {
 
-// ---- tiles of the matrix product -----------------------------------------------------------------------------
+// ---- tiles of the matrix product
+// -----------------------------------------------------------------------------
 //
-// acc[M][kChunkRows] += a[M rows of a panel] * w[NB blocks of 16 rows]. Every accumulation runs along k in one fixed
-// order whatever M and NB are, so a token's result does not depend on what else is in its batch.
+// acc[M][kChunkRows] += a[M rows of a panel] * w[NB blocks of 16 rows]. Every accumulation runs along k in
+// one fixed order whatever M and NB are, so a token's result does not depend on what else is in its batch.
 
 struct TileArgs {
   const uint8_t* w[kChunkBlocks];      // values at the first step
@@ -55,9 +56,12 @@ void tile_float(const TileArgs& t, float* __restrict acc) {
 
 // Steps that are unpacked together.
 template <Format F>
-constexpr int kBundle = F == Format::kInt4 ? 2 : F == Format::kInt6 ? 4 : 1;
+constexpr int kBundle = F == Format::kInt4   ? 2
+                        : F == Format::kInt6 ? 4
+                                             : 1;
 
-// The u8 values of kBundle<F> steps of one native vector; `at` points to the group's values, `s` is the first step.
+// The u8 values of kBundle<F> steps of one native vector; `at` points to the group's values, `s` is the first
+// step.
 template <Format F>
 static inline void unpack_bundle(const uint8_t* at, int s, const Nibbles& codebook, VI* w) {
   if constexpr (F == Format::kInt8) {
@@ -130,15 +134,21 @@ template <Format F, int Group, int NB>
 void tile_rows(const TileArgs& t, int rows, float* acc) {
   static_assert(kTileRows == 6 || kTileRows == 2);
   switch (rows) {
-    case 1: return tile<F, Group, 1, NB>(t, acc);
-    case 2: return tile<F, Group, 2, NB>(t, acc);
+    case 1:
+      return tile<F, Group, 1, NB>(t, acc);
+    case 2:
+      return tile<F, Group, 2, NB>(t, acc);
   }
   if constexpr (kTileRows > 2) {
     switch (rows) {
-      case 3: return tile<F, Group, 3, NB>(t, acc);
-      case 4: return tile<F, Group, 4, NB>(t, acc);
-      case 5: return tile<F, Group, 5, NB>(t, acc);
-      case 6: return tile<F, Group, 6, NB>(t, acc);
+      case 3:
+        return tile<F, Group, 3, NB>(t, acc);
+      case 4:
+        return tile<F, Group, 4, NB>(t, acc);
+      case 5:
+        return tile<F, Group, 5, NB>(t, acc);
+      case 6:
+        return tile<F, Group, 6, NB>(t, acc);
     }
   }
 }
@@ -175,18 +185,23 @@ void panel(TileArgs t, int rows, int blocks, float* acc) {
 // With `expanded`, the values are those of int8; the scale codes stay those of f.
 void panel_of(Format f, bool expanded, const TileArgs& t, int rows, int blocks, float* acc) {
   switch (f) {
-    case Format::kF32: return panel<Format::kF32>(t, rows, blocks, acc);
-    case Format::kBF16: return panel<Format::kBF16>(t, rows, blocks, acc);
-    case Format::kInt8: return panel<Format::kInt8>(t, rows, blocks, acc);
+    case Format::kF32:
+      return panel<Format::kF32>(t, rows, blocks, acc);
+    case Format::kBF16:
+      return panel<Format::kBF16>(t, rows, blocks, acc);
+    case Format::kInt8:
+      return panel<Format::kInt8>(t, rows, blocks, acc);
     case Format::kInt4:
       return expanded ? panel<Format::kInt8, group_cols(Format::kInt4)>(t, rows, blocks, acc)
                       : panel<Format::kInt4>(t, rows, blocks, acc);
     case Format::kInt6:
-      return expanded ? panel<Format::kInt8>(t, rows, blocks, acc) : panel<Format::kInt6>(t, rows, blocks, acc);
+      return expanded ? panel<Format::kInt8>(t, rows, blocks, acc)
+                      : panel<Format::kInt6>(t, rows, blocks, acc);
   }
 }
 
-// ---- linear --------------------------------------------------------------------------------------------------
+// ---- linear
+// --------------------------------------------------------------------------------------------------
 
 // Steps of int4 or int6 become steps of int8: for a batch it is cheaper to unpack each once.
 template <Format F>
@@ -197,7 +212,8 @@ void expand(const uint8_t* in, size_t num_steps, uint8_t* out) {
       for (int s = 0; s < kGroupSteps; s += kBundle<F>) {
         VI w[kBundle<F>];
         unpack_bundle<F>(in + step_bytes(F, g) + p * kVectorBytes, s, codebook, w);
-        for (int b = 0; b < kBundle<F>; ++b) store_bytes(out + (g + s + b) * kStepBytes + p * kVectorBytes, w[b]);
+        for (int b = 0; b < kBundle<F>; ++b)
+          store_bytes(out + (g + s + b) * kStepBytes + p * kVectorBytes, w[b]);
       }
 }
 
@@ -210,7 +226,8 @@ struct Finish {
     const uint8_t* data = args.weight.data + block * block_stride;
     for (int p = 0; p < kParts; ++p) {
       VF v = load(acc + p * kLanes);
-      if (is_quantized(args.weight.format)) v = mul(v, load(reinterpret_cast<const float*>(data) + p * kLanes));
+      if (is_quantized(args.weight.format))
+        v = mul(v, load(reinterpret_cast<const float*>(data) + p * kLanes));
       if (args.bias) v = add(v, load(args.bias + block * kBlockRows + p * kLanes));
       out[p] = v;
     }
@@ -231,7 +248,8 @@ void write_block(const VF v[kParts], float* out, size_t col, size_t cols, bool a
   for (size_t i = 0; col + i < cols; ++i) out[col + i] = accumulate ? out[col + i] + last[i] : last[i];
 }
 
-void finish_rows(const LinearArgs& args, size_t row, size_t rows, size_t block, size_t blocks, const float* acc) {
+void finish_rows(const LinearArgs& args, size_t row, size_t rows, size_t block, size_t blocks,
+                 const float* acc) {
   const Finish finish{args, block_bytes(args.weight.format, args.weight.cols)};
   for (size_t r = 0; r < rows; ++r, acc += kChunkRows) {
     float* out = args.out + (row + r) * args.out_stride;
@@ -295,7 +313,8 @@ void linear(const LinearArgs& args, size_t block, size_t num_blocks, const Scrat
   finish_rows(args, 0, args.num_tokens, block, num_blocks, scratch.accumulators);
 }
 
-// ---- activations ---------------------------------------------------------------------------------------------
+// ---- activations
+// ---------------------------------------------------------------------------------------------
 
 float sum_of_squares(const float* x, size_t n) {
   VF sum = set1(0.0f);
@@ -343,12 +362,14 @@ void quantize_group(const float* y, int8_t* q, float* scale, int32_t sums[2]) {
   }
 }
 
-void activate(const float* const* x, size_t num_rows, const float* norm, float eps, const Activations& out, size_t row) {
+void activate(const float* const* x, size_t num_rows, const float* norm, float eps, const Activations& out,
+              size_t row) {
   uint8_t* values = out.values + row * out.num_steps * 4;
   float* scales = out.scales + row * out.num_groups;
   int32_t* offsets = out.offsets + 2 * row * out.num_groups;
   for (size_t m = 0; m < num_rows; ++m) {
-    const float r = norm ? 1.0f / std::sqrt(sum_of_squares(x[m], out.cols) / static_cast<float>(out.cols) + eps) : 1.0f;
+    const float r =
+        norm ? 1.0f / std::sqrt(sum_of_squares(x[m], out.cols) / static_cast<float>(out.cols) + eps) : 1.0f;
     for (size_t k = 0; k < out.cols; k += kSlice) {
       const size_t n = out.cols - k < kSlice ? out.cols - k : kSlice;
       alignas(64) float y[kSlice];
@@ -374,7 +395,8 @@ void activate(const float* const* x, size_t num_rows, const float* norm, float e
   }
 }
 
-// ---- rotary embedding and the cache --------------------------------------------------------------------------
+// ---- rotary embedding and the cache
+// --------------------------------------------------------------------------
 
 void norm_head(float* x, const float* weight, float eps, size_t n) {
   const float r = 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
@@ -421,13 +443,15 @@ void rope(const RopeArgs& args, size_t kv_head) {
       uint8_t* to = values + d / 16 * dims_stride + d % 16 * 4;
       const uint16_t x = bf16_from_float(v[d]);
       std::memcpy(to + args.offset % 2 * 2, &x, 2);
-      // A last even position is read together with the odd one after it: never leave a former owner's value there.
+      // A last even position is read together with the odd one after it: never leave a former owner's value
+      // there.
       if (args.is_last && args.offset % 2 == 0) std::memset(to + 2, 0, 2);
     }
   }
 }
 
-// ---- attention -----------------------------------------------------------------------------------------------
+// ---- attention
+// -----------------------------------------------------------------------------------------------
 
 constexpr size_t kMaxHeadDim = 256;
 constexpr size_t kKeyTile = kChunkRows;  // positions whose scores are computed at a time
@@ -443,7 +467,8 @@ void put(uint8_t* to, size_t index, size_t rows, size_t row, float x) {
   }
 }
 
-// p = exp(s - max) over the first `valid` scores of a tile, zero beyond; returns the factor of what came before.
+// p = exp(s - max) over the first `valid` scores of a tile, zero beyond; returns the factor of what came
+// before.
 float softmax_row(float* s, long valid, float* running_max, float* running_sum) {
   if (valid <= 0) {
     std::memset(s, 0, kKeyTile * sizeof(float));
@@ -473,11 +498,13 @@ void attention_of(const AttentionArgs& args) {
   alignas(64) uint8_t q[kMaxHeadDim * kAttentionRows * 4];
   alignas(64) uint8_t p[kKeyTile * kAttentionRows * 4];
   alignas(64) float scores[kAttentionRows * kChunkRows];
-  alignas(64) float out[kMaxHeadDim / kChunkRows][kAttentionRows * kChunkRows] = {};  // 64 dimensions at a time
+  alignas(
+      64) float out[kMaxHeadDim / kChunkRows][kAttentionRows * kChunkRows] = {};  // 64 dimensions at a time
   float running_max[kAttentionRows], running_sum[kAttentionRows];
   long limit[kAttentionRows];  // positions that a row may see
   for (size_t r = 0; r < rows; ++r) {
-    const size_t token = (args.row_begin + r) / group, head = args.kv_head * group + (args.row_begin + r) % group;
+    const size_t token = (args.row_begin + r) / group,
+                 head = args.kv_head * group + (args.row_begin + r) % group;
     const float* from = args.qkv + token * args.qkv_stride + head * dim;
     for (size_t d = 0; d < dim; ++d) put<F>(q, d, rows, r, from[d] * args.scale);
     running_max[r] = -1e30f;
@@ -505,7 +532,8 @@ void attention_of(const AttentionArgs& args) {
 
     for (size_t r = 0; r < rows; ++r) {
       float* s = scores + r * kChunkRows;
-      const float factor = softmax_row(s, limit[r] - static_cast<long>(start), &running_max[r], &running_sum[r]);
+      const float factor =
+          softmax_row(s, limit[r] - static_cast<long>(start), &running_max[r], &running_sum[r]);
       if (factor != 1.0f)
         for (size_t c = 0; c * kChunkRows < dim; ++c)
           for (size_t i = 0; i < kChunkRows; i += kLanes) {
@@ -531,7 +559,8 @@ void attention_of(const AttentionArgs& args) {
     }
   }
   for (size_t r = 0; r < rows; ++r) {
-    const size_t token = (args.row_begin + r) / group, head = args.kv_head * group + (args.row_begin + r) % group;
+    const size_t token = (args.row_begin + r) / group,
+                 head = args.kv_head * group + (args.row_begin + r) % group;
     float* to = args.out + token * args.out_stride + head * dim;
     const float inverse = 1.0f / running_sum[r];
     for (size_t d = 0; d < dim; ++d) to[d] = out[d / kChunkRows][r * kChunkRows + d % kChunkRows] * inverse;

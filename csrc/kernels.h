@@ -8,20 +8,24 @@
 
 namespace llmb {
 
-// Rows of activations are stored in panels of up to 6 tokens, so that a tile of the matrix product reads them in
-// one stream: panel = [steps][rows of the panel][4 bytes], scales = [groups][rows], offsets = [2 * groups][rows].
+// Rows of activations are stored in panels of up to 6 tokens, so that a tile of the matrix product reads them
+// in one stream: panel = [steps][rows of the panel][4 bytes], scales = [groups][rows], offsets = [2 *
+// groups][rows].
 constexpr size_t kPanelRows = 6;
 
-// The right operand of a linear: T tokens of `cols` values, in the number format that the weights are multiplied in.
+// The right operand of a linear: T tokens of `cols` values, in the number format that the weights are
+// multiplied in.
 struct Activations {
   Format format = Format::kF32;  // kF32, kBF16 or kInt8
   size_t cols = 0;
   size_t num_steps = 0;
   size_t num_groups = 0;
-  uint8_t* values = nullptr;   // panel at row r: values + r * num_steps * 4
-  float* scales = nullptr;     // int8 only; panel at row r: scales + r * num_groups, offsets + r * 2 * num_groups
-  int32_t* offsets = nullptr;  // int8 only; -128 * the sum of each half group's values: what makes u8 weights signed
-  bool rotated = false;        // the values are of H x (layout.h)
+  uint8_t* values = nullptr;  // panel at row r: values + r * num_steps * 4
+  float* scales =
+      nullptr;  // int8 only; panel at row r: scales + r * num_groups, offsets + r * 2 * num_groups
+  int32_t* offsets =
+      nullptr;  // int8 only; -128 * the sum of each half group's values: what makes u8 weights signed
+  bool rotated = false;  // the values are of H x (layout.h)
 };
 
 struct Weight {
@@ -59,8 +63,9 @@ constexpr size_t kStepsPerPass = 1024;  // k is cut so that a chunk's weights st
 constexpr size_t kExpandedBytes = kChunkBlocks * kStepsPerPass * kStepBytes;
 
 // Keys and values of one layer: blocks of `block_size` positions (a multiple of 16), each kv head apart.
-//   key block:   [block_size / 16][head_dim / e][16 positions][e]   e = 1 (f32) or 2 (bf16): a packed matrix of positions
-//   value block: [head_dim / 16][block_size / e][16 dims][e]        a packed matrix of dimensions
+//   key block:   [block_size / 16][head_dim / e][16 positions][e]   e = 1 (f32) or 2 (bf16): a packed matrix
+//   of positions value block: [head_dim / 16][block_size / e][16 dims][e]        a packed matrix of
+//   dimensions
 struct CacheLayer {
   Format format = Format::kBF16;  // kF32 or kBF16
   uint8_t* keys = nullptr;        // [num_blocks][kv_heads][block_size * head_dim]
@@ -75,8 +80,8 @@ struct HeadShape {
 // Rotates q and k of one token in place, k of kv head `h` and v go into the cache.
 struct RopeArgs {
   HeadShape shape;
-  float* qkv = nullptr;         // [heads + 2 * kv_heads][head_dim] of this token
-  const float* cos = nullptr;   // [head_dim / 2]
+  float* qkv = nullptr;        // [heads + 2 * kv_heads][head_dim] of this token
+  const float* cos = nullptr;  // [head_dim / 2]
   const float* sin = nullptr;
   const float* q_norm = nullptr;  // [head_dim] or null (Qwen3)
   const float* k_norm = nullptr;
@@ -86,7 +91,8 @@ struct RopeArgs {
   bool is_last = false;          // of its sequence
 };
 
-constexpr size_t kAttentionRows = 8;  // query rows (tokens x heads of a group) that share one pass over the keys
+constexpr size_t kAttentionRows =
+    8;  // query rows (tokens x heads of a group) that share one pass over the keys
 
 struct AttentionArgs {
   HeadShape shape;
@@ -99,15 +105,16 @@ struct AttentionArgs {
   const int32_t* block_table = nullptr;
   size_t first_position = 0;  // position of the sequence's first token in this batch
   size_t kv_head = 0;
-  size_t row_begin = 0, row_end = 0;  // query rows: token * group + head within the group; at most kAttentionRows
+  size_t row_begin = 0,
+         row_end = 0;  // query rows: token * group + head within the group; at most kAttentionRows
 };
 
 struct Kernels {
   const char* name;
   // Rows [0, num_rows) of x, optionally normalised (RMSNorm with weight), as activations from row `row` on
   // (the start of a panel).
-  void (*activate)(const float* const* x, size_t num_rows, const float* norm_weight, float eps, const Activations& out,
-                   size_t row);
+  void (*activate)(const float* const* x, size_t num_rows, const float* norm_weight, float eps,
+                   const Activations& out, size_t row);
   // Blocks [block, block + num_blocks) of the weight times every token; num_blocks <= kChunkBlocks.
   void (*linear)(const LinearArgs& args, size_t block, size_t num_blocks, const Scratch& scratch);
   void (*rope)(const RopeArgs& args, size_t kv_head);  // k, v of one kv head and the q heads of its group

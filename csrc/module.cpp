@@ -29,7 +29,8 @@ void require(bool ok, const char* what) {
 
 Weight weight_of(const Bytes& data, const std::string& format, size_t rows, size_t cols) {
   const Weight w{format_of(format), rows, cols, data.data()};
-  require(data.size() == matrix_bytes(w.format, rows, cols), "packed weight has the wrong size for its shape");
+  require(data.size() == matrix_bytes(w.format, rows, cols),
+          "packed weight has the wrong size for its shape");
   require(reinterpret_cast<uintptr_t>(data.data()) % 4 == 0, "packed weight is not aligned");
   return w;
 }
@@ -48,32 +49,36 @@ Epilogue epilogue_of(const std::string& name) {
 }
 
 void bind_plan(nb::module_& m) {
-  nb::class_<Plan>(m, "Plan", "A model as a list of fused operations, run for one step in one call (csrc/plan.h).")
+  nb::class_<Plan>(m, "Plan",
+                   "A model as a list of fused operations, run for one step in one call (csrc/plan.h).")
       .def(
           "__init__",
-          [](Plan* self, int threads, const std::string& isa, size_t max_tokens, size_t heads, size_t kv_heads,
-             size_t head_dim, const std::string& cache_format, size_t layers, size_t num_blocks, size_t block_size) {
+          [](Plan* self, int threads, const std::string& isa, size_t max_tokens, size_t heads,
+             size_t kv_heads, size_t head_dim, const std::string& cache_format, size_t layers,
+             size_t num_blocks, size_t block_size) {
             require(threads >= 1 && threads <= 1024, "threads must be between 1 and 1024");
             require(max_tokens >= 1 && max_tokens <= (1u << 20), "max_tokens must be between 1 and 1048576");
             new (self) Plan(threads, isa, max_tokens, {heads, kv_heads, head_dim},
                             {format_of(cache_format), layers, num_blocks, block_size});
           },
-          "threads"_a, "isa"_a, "max_tokens"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "cache_format"_a, "layers"_a,
-          "num_blocks"_a, "block_size"_a)
+          "threads"_a, "isa"_a, "max_tokens"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "cache_format"_a,
+          "layers"_a, "num_blocks"_a, "block_size"_a)
       .def("buffer", &Plan::buffer, "width"_a)
       .def(
           "embed",
           [](Plan& p, const Bytes& table, const std::string& format, size_t rows, size_t width, int out) {
             const Format f = format_of(format);
             require(f == Format::kF32 || f == Format::kBF16, "embedding tables are float32 or bfloat16");
-            require(table.size() == rows * width * (f == Format::kF32 ? 4 : 2), "embedding table has the wrong size");
+            require(table.size() == rows * width * (f == Format::kF32 ? 4 : 2),
+                    "embedding table has the wrong size");
             p.embed(table.data(), f, rows, width, out);
           },
           "table"_a, "format"_a, "rows"_a, "width"_a, "out"_a, nb::keep_alive<1, 2>())
       .def(
           "linear",
-          [](Plan& p, int in, std::optional<Floats> norm, float eps, const Bytes& weight, const std::string& format,
-             size_t rows, size_t cols, std::optional<Floats> bias, const std::string& epilogue, int out) {
+          [](Plan& p, int in, std::optional<Floats> norm, float eps, const Bytes& weight,
+             const std::string& format, size_t rows, size_t cols, std::optional<Floats> bias,
+             const std::string& epilogue, int out) {
             require(!bias || bias->size() == round_up(rows, kBlockRows), "bias has the wrong size");
             p.linear(in, norm_of(norm, eps, cols), weight_of(weight, format, rows, cols),
                      bias ? bias->data() : nullptr, epilogue_of(epilogue), out);
@@ -82,20 +87,20 @@ void bind_plan(nb::module_& m) {
           "epilogue"_a, "out"_a, nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 9>())
       .def(
           "attention",
-          [](Plan& p, int qkv, size_t layer, std::optional<Floats> q_norm, std::optional<Floats> k_norm, float eps,
-             size_t head_dim, float scale, int out) {
-            p.attention(qkv, layer, norm_of(q_norm, eps, head_dim), norm_of(k_norm, eps, head_dim), scale, out);
+          [](Plan& p, int qkv, size_t layer, std::optional<Floats> q_norm, std::optional<Floats> k_norm,
+             float eps, size_t head_dim, float scale, int out) {
+            p.attention(qkv, layer, norm_of(q_norm, eps, head_dim), norm_of(k_norm, eps, head_dim), scale,
+                        out);
           },
           "qkv"_a, "layer"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "head_dim"_a, "scale"_a, "out"_a,
           nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
       .def(
           "logits",
-          [](Plan& p, int in, std::optional<Floats> norm, float eps, const Bytes& weight, const std::string& format,
-             size_t rows, size_t cols) {
-            p.logits(in, norm_of(norm, eps, cols), weight_of(weight, format, rows, cols));
-          },
-          "input"_a, "norm"_a.none(), "eps"_a, "weight"_a, "format"_a, "rows"_a, "cols"_a, nb::keep_alive<1, 3>(),
-          nb::keep_alive<1, 5>())
+          [](Plan& p, int in, std::optional<Floats> norm, float eps, const Bytes& weight,
+             const std::string& format, size_t rows,
+             size_t cols) { p.logits(in, norm_of(norm, eps, cols), weight_of(weight, format, rows, cols)); },
+          "input"_a, "norm"_a.none(), "eps"_a, "weight"_a, "format"_a, "rows"_a, "cols"_a,
+          nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>())
       .def(
           "run",
           [](Plan& p, const Ints& token_ids, const Ints& seq_starts, const Ints& context_lens,
@@ -107,8 +112,8 @@ void bind_plan(nb::module_& m) {
             s.table_width = block_tables.shape(1);
             require(seq_starts.size() == s.num_seqs + 1 && block_tables.shape(0) == s.num_seqs,
                     "seq_starts, context_lens and block_tables disagree");
-            require(cos.shape(0) == s.num_tokens && sin.shape(0) == s.num_tokens && cos.shape(1) == sin.shape(1) &&
-                        cos.shape(1) * 2 == p.head_dim(),
+            require(cos.shape(0) == s.num_tokens && sin.shape(0) == s.num_tokens &&
+                        cos.shape(1) == sin.shape(1) && cos.shape(1) * 2 == p.head_dim(),
                     "cos and sin must be [tokens][head_dim / 2]");
             s.token_ids = token_ids.data();
             s.seq_starts = seq_starts.data();
@@ -123,7 +128,8 @@ void bind_plan(nb::module_& m) {
               logits = p.run(s);
             }
             const size_t shape[2] = {s.num_rows, p.vocab_size()};
-            return nb::ndarray<nb::numpy, float, nb::ndim<2>>(const_cast<float*>(logits), 2, shape, nb::find(p));
+            return nb::ndarray<nb::numpy, float, nb::ndim<2>>(const_cast<float*>(logits), 2, shape,
+                                                              nb::find(p));
           },
           "token_ids"_a, "seq_starts"_a, "context_lens"_a, "block_tables"_a, "logit_rows"_a, "cos"_a, "sin"_a,
           "Logits [rows][vocab], valid until the next call.")
@@ -139,7 +145,8 @@ void bind_plan(nb::module_& m) {
 
 NB_MODULE(_native, m) {
   m.doc() = "Kernels, threads and the plan executor of the built-in engine.";
-  m.def("available_isas", &llmb::available_isas, "Instruction sets with kernels that this processor runs, best first.");
+  m.def("available_isas", &llmb::available_isas,
+        "Instruction sets with kernels that this processor runs, best first.");
   m.attr("GROUP") = llmb::kGroup;
   m.attr("INT4_CODEBOOK") = std::vector<int>(std::begin(llmb::kInt4Codebook), std::end(llmb::kInt4Codebook));
   llmb::bind_plan(m);

@@ -198,7 +198,8 @@ void int8_scales(const float* group, float* scale) {
 // What a weight in units of its scale is rounded to, for formats whose scale is searched for.
 struct Int4Levels {
   static constexpr Format kFormat = Format::kInt4;
-  static constexpr float kGuesses[] = {0.68f, 0.774f, 0.868f, 0.962f, 1.056f, 1.15f};  // of the largest weight / end
+  static constexpr float kGuesses[] = {0.68f,  0.774f, 0.868f,
+                                       0.962f, 1.056f, 1.15f};  // of the largest weight / end
   static constexpr float kEnd = 127;
 
   static float nearest(float t) {
@@ -217,9 +218,9 @@ struct Int6Levels {
 };
 
 // For fixed levels c of the weights w the best scale is <w, c> / <c, c>, and what it explains of |w|^2 is
-// <w, c>^2 / <c, c>. Rounds each weight of a group to its nearest level under `guess`; where that explains more of
-// a row than `best` does, takes the scale that is best for these levels. Weights and scales are in units of
-// 1 / `unit`.
+// <w, c>^2 / <c, c>. Rounds each weight of a group to its nearest level under `guess`; where that explains
+// more of a row than `best` does, takes the scale that is best for these levels. Weights and scales are in
+// units of 1 / `unit`.
 template <typename Levels>
 inline void improve(const float* group, const float* unit, const float* guess, float* best, float* scale) {
   float stretch[R], wc[R] = {}, cc[R] = {};
@@ -257,9 +258,13 @@ inline void searched_scales(const float* group, float* scale) {
   for (int r = 0; r < R; r++) scale[r] = top[r] < kTiny ? 0 : scale[r] * top[r];
 }
 
-LLMB_EVERY_WIDTH void int4_scales(const float* group, float* scale) { searched_scales<Int4Levels>(group, scale); }
+LLMB_EVERY_WIDTH void int4_scales(const float* group, float* scale) {
+  searched_scales<Int4Levels>(group, scale);
+}
 
-LLMB_EVERY_WIDTH void int6_scales(const float* group, float* scale) { searched_scales<Int6Levels>(group, scale); }
+LLMB_EVERY_WIDTH void int6_scales(const float* group, float* scale) {
+  searched_scales<Int6Levels>(group, scale);
+}
 
 // Writes row scales and scale codes; scales [groups][16] become the inverses of the scales that these stand
 // for.

@@ -9,7 +9,9 @@
 namespace llmb {
 namespace {
 
-size_t padded_rows(size_t n) { return round_up(n, kPanelRows); }
+size_t padded_rows(size_t n) {
+  return round_up(n, kPanelRows);
+}
 
 }  // namespace
 
@@ -160,10 +162,11 @@ struct Plan::Attention : Plan::Op {
 
   CacheLayer cache_layer(const Plan& plan) const {
     const size_t element = plan.cache_.format == Format::kF32 ? 4 : 2;
-    const size_t bytes =
-        plan.cache_.num_blocks * plan.heads_.kv_heads * plan.cache_.block_size * plan.heads_.head_dim * element;
+    const size_t bytes = plan.cache_.num_blocks * plan.heads_.kv_heads * plan.cache_.block_size *
+                         plan.heads_.head_dim * element;
     uint8_t* base = plan.cache_data_ + 2 * layer * bytes;
-    return {plan.cache_.format, base, base + bytes, plan.cache_.block_size, plan.heads_.kv_heads, plan.heads_.head_dim};
+    return {plan.cache_.format,  base, base + bytes, plan.cache_.block_size, plan.heads_.kv_heads,
+            plan.heads_.head_dim};
   }
 
   void rope(const Context& c, const CacheLayer& cache, size_t seq, size_t token, size_t kv_head) const {
@@ -212,12 +215,16 @@ Plan::Plan(int num_threads, const std::string& isa, size_t max_tokens, HeadShape
       shared_(new ActivationStore) {
   if (heads.head_dim % 16 || heads.head_dim > 256 || heads.head_dim == 0 || heads.kv_heads == 0 ||
       heads.heads % heads.kv_heads)
-    throw std::invalid_argument("head_dim must be a multiple of 16 up to 256, and heads a multiple of kv_heads");
-  if (cache.block_size == 0 || cache.block_size % 16) throw std::invalid_argument("block_size must be a multiple of 16");
+    throw std::invalid_argument(
+        "head_dim must be a multiple of 16 up to 256, and heads a multiple of kv_heads");
+  if (cache.block_size == 0 || cache.block_size % 16)
+    throw std::invalid_argument("block_size must be a multiple of 16");
   const size_t element = cache.format == Format::kF32 ? 4 : 2;
-  cache_bytes_ = 2 * cache.layers * cache.num_blocks * cache.block_size * heads.kv_heads * heads.head_dim * element;
+  cache_bytes_ =
+      2 * cache.layers * cache.num_blocks * cache.block_size * heads.kv_heads * heads.head_dim * element;
   // Anonymous pages are zero and cost nothing until a block is first written.
-  void* data = mmap(nullptr, cache_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
+  void* data =
+      mmap(nullptr, cache_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   cache_data_ = static_cast<uint8_t*>(data);
   for (int t = 0; t < num_threads; ++t) {
@@ -289,8 +296,10 @@ void Plan::check(const Step& s) const {
   if (s.num_tokens == 0 || s.num_tokens > max_tokens_) fail("num_tokens out of range");
   if (s.num_seqs == 0 || s.num_rows > s.num_tokens) fail("num_seqs or logit_rows out of range");
   for (size_t t = 0; t < s.num_tokens; ++t)
-    if (s.token_ids[t] < 0 || static_cast<size_t>(s.token_ids[t]) >= table_rows_) fail("token id out of range");
-  if (s.seq_starts[0] != 0 || static_cast<size_t>(s.seq_starts[s.num_seqs]) != s.num_tokens) fail("seq_starts");
+    if (s.token_ids[t] < 0 || static_cast<size_t>(s.token_ids[t]) >= table_rows_)
+      fail("token id out of range");
+  if (s.seq_starts[0] != 0 || static_cast<size_t>(s.seq_starts[s.num_seqs]) != s.num_tokens)
+    fail("seq_starts");
   for (size_t i = 0; i < s.num_seqs; ++i) {
     const long n = static_cast<long>(s.seq_starts[i + 1]) - s.seq_starts[i], context = s.context_lens[i];
     if (n < 1 || context < n) fail("context_lens");

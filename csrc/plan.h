@@ -1,7 +1,7 @@
 // A model as a list of fused operations over named buffers, run for one step in one call.
 //
-// Built once by Python (src/llm_boost/models/), which says what each operation reads and writes; a step then runs
-// the whole list on all threads with a barrier after each operation and no Python in between.
+// Built once by Python (src/llm_boost/models/), which says what each operation reads and writes; a step then
+// runs the whole list on all threads with a barrier after each operation and no Python in between.
 #pragma once
 
 #include <memory>
@@ -54,7 +54,8 @@ class Plan {
   // The last operation: logits of Step::logit_rows.
   void logits(int in, Norm norm, const Weight& weight);
 
-  // Returns [num_rows][vocab]; valid until the next call. Throws std::invalid_argument on a step out of range.
+  // Returns [num_rows][vocab]; valid until the next call. Throws std::invalid_argument on a step out of
+  // range.
   const float* run(const Step& step);
 
   size_t vocab_size() const { return vocab_size_; }

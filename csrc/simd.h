@@ -1,7 +1,7 @@
 // One vocabulary of vector operations for every instruction set; the kernels are written once on top of it.
 //
-// A 64-byte step of the packed layout is kParts native vectors. Included only by kernels.cpp, which is compiled
-// once an instruction set with LLMB_ISA naming the namespace.
+// A 64-byte step of the packed layout is kParts native vectors. Included only by kernels.cpp, which is
+// compiled once an instruction set with LLMB_ISA naming the namespace.
 #pragma once
 
 #include <cmath>
@@ -39,29 +39,72 @@ using VI = __m512i;
 constexpr int kLanes = 16;
 constexpr int kTileBlocks = 4;  // blocks of 16 rows in a full tile: 6 x 4 accumulators of 32 registers
 constexpr int kTileRows = 6;
-constexpr bool kUnsignedWeights = true;  // the dot takes u8 weights as they are; the caller adds -128 * sum(a)
+constexpr bool kUnsignedWeights =
+    true;  // the dot takes u8 weights as they are; the caller adds -128 * sum(a)
 
-static inline VF load(const float* p) { return _mm512_loadu_ps(p); }
-static inline void store(float* p, VF v) { _mm512_storeu_ps(p, v); }
-static inline VF set1(float x) { return _mm512_set1_ps(x); }
-static inline VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
-static inline VF sub(VF a, VF b) { return _mm512_sub_ps(a, b); }
-static inline VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
-static inline VF div(VF a, VF b) { return _mm512_div_ps(a, b); }
-static inline VF vmax(VF a, VF b) { return _mm512_max_ps(a, b); }
-static inline VF vmin(VF a, VF b) { return _mm512_min_ps(a, b); }
-static inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
-static inline VF vabs(VF a) { return _mm512_abs_ps(a); }
-static inline float reduce_add(VF a) { return _mm512_reduce_add_ps(a); }
-static inline float reduce_max(VF a) { return _mm512_reduce_max_ps(a); }
-static inline VI iset1(int32_t x) { return _mm512_set1_epi32(x); }
-static inline VI iadd(VI a, VI b) { return _mm512_add_epi32(a, b); }
-static inline VI shift_left23(VI a) { return _mm512_slli_epi32(a, 23); }
-static inline VF as_float(VI a) { return _mm512_castsi512_ps(a); }
-static inline VF to_float(VI a) { return _mm512_cvtepi32_ps(a); }
-static inline VI round_to_int(VF a) { return _mm512_cvtps_epi32(a); }
-static inline int32_t reduce_iadd(VI a) { return _mm512_reduce_add_epi32(a); }
-static inline VI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
+static inline VF load(const float* p) {
+  return _mm512_loadu_ps(p);
+}
+static inline void store(float* p, VF v) {
+  _mm512_storeu_ps(p, v);
+}
+static inline VF set1(float x) {
+  return _mm512_set1_ps(x);
+}
+static inline VF add(VF a, VF b) {
+  return _mm512_add_ps(a, b);
+}
+static inline VF sub(VF a, VF b) {
+  return _mm512_sub_ps(a, b);
+}
+static inline VF mul(VF a, VF b) {
+  return _mm512_mul_ps(a, b);
+}
+static inline VF div(VF a, VF b) {
+  return _mm512_div_ps(a, b);
+}
+static inline VF vmax(VF a, VF b) {
+  return _mm512_max_ps(a, b);
+}
+static inline VF vmin(VF a, VF b) {
+  return _mm512_min_ps(a, b);
+}
+static inline VF fma(VF a, VF b, VF c) {
+  return _mm512_fmadd_ps(a, b, c);
+}
+static inline VF vabs(VF a) {
+  return _mm512_abs_ps(a);
+}
+static inline float reduce_add(VF a) {
+  return _mm512_reduce_add_ps(a);
+}
+static inline float reduce_max(VF a) {
+  return _mm512_reduce_max_ps(a);
+}
+static inline VI iset1(int32_t x) {
+  return _mm512_set1_epi32(x);
+}
+static inline VI iadd(VI a, VI b) {
+  return _mm512_add_epi32(a, b);
+}
+static inline VI shift_left23(VI a) {
+  return _mm512_slli_epi32(a, 23);
+}
+static inline VF as_float(VI a) {
+  return _mm512_castsi512_ps(a);
+}
+static inline VF to_float(VI a) {
+  return _mm512_cvtepi32_ps(a);
+}
+static inline VI round_to_int(VF a) {
+  return _mm512_cvtps_epi32(a);
+}
+static inline int32_t reduce_iadd(VI a) {
+  return _mm512_reduce_add_epi32(a);
+}
+static inline VI load_bytes(const uint8_t* p) {
+  return _mm512_loadu_si512(p);
+}
 static inline VF load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
@@ -77,7 +120,8 @@ static inline VI broadcast4(const uint8_t* p) {
   std::memcpy(&x, p, 4);
   return _mm512_set1_epi32(x);
 }
-// As assembly, because GCC 12 copies every accumulator of the intrinsics to the stack and back, at half the speed.
+// As assembly, because GCC 12 copies every accumulator of the intrinsics to the stack and back, at half the
+// speed.
 static inline VI dot_int8(VI acc, VI w, VI a) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
   return acc;
@@ -104,13 +148,23 @@ struct Nibbles {
     return _mm512_shuffle_epi8(codebook, _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)));
   }
 };
-static inline void store_bytes(uint8_t* p, VI v) { _mm512_storeu_si512(p, v); }
-static inline VI bits_and(VI a, uint8_t mask) { return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask))); }
-static inline VI bits_or(VI a, VI b) { return _mm512_or_si512(a, b); }
+static inline void store_bytes(uint8_t* p, VI v) {
+  _mm512_storeu_si512(p, v);
+}
+static inline VI bits_and(VI a, uint8_t mask) {
+  return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask)));
+}
+static inline VI bits_or(VI a, VI b) {
+  return _mm512_or_si512(a, b);
+}
 template <int N>
-static inline VI bits_left(VI a) { return _mm512_slli_epi16(a, N); }
+static inline VI bits_left(VI a) {
+  return _mm512_slli_epi16(a, N);
+}
 template <int N>
-static inline VI bits_right(VI a) { return _mm512_srli_epi16(a, N); }
+static inline VI bits_right(VI a) {
+  return _mm512_srli_epi16(a, N);
+}
 
 #elif defined(__AVX2__)
 
@@ -121,17 +175,39 @@ constexpr int kTileBlocks = 1;
 constexpr int kTileRows = 6;
 constexpr bool kUnsignedWeights = false;
 
-static inline VF load(const float* p) { return _mm256_loadu_ps(p); }
-static inline void store(float* p, VF v) { _mm256_storeu_ps(p, v); }
-static inline VF set1(float x) { return _mm256_set1_ps(x); }
-static inline VF add(VF a, VF b) { return _mm256_add_ps(a, b); }
-static inline VF sub(VF a, VF b) { return _mm256_sub_ps(a, b); }
-static inline VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
-static inline VF div(VF a, VF b) { return _mm256_div_ps(a, b); }
-static inline VF vmax(VF a, VF b) { return _mm256_max_ps(a, b); }
-static inline VF vmin(VF a, VF b) { return _mm256_min_ps(a, b); }
-static inline VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
-static inline VF vabs(VF a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
+static inline VF load(const float* p) {
+  return _mm256_loadu_ps(p);
+}
+static inline void store(float* p, VF v) {
+  _mm256_storeu_ps(p, v);
+}
+static inline VF set1(float x) {
+  return _mm256_set1_ps(x);
+}
+static inline VF add(VF a, VF b) {
+  return _mm256_add_ps(a, b);
+}
+static inline VF sub(VF a, VF b) {
+  return _mm256_sub_ps(a, b);
+}
+static inline VF mul(VF a, VF b) {
+  return _mm256_mul_ps(a, b);
+}
+static inline VF div(VF a, VF b) {
+  return _mm256_div_ps(a, b);
+}
+static inline VF vmax(VF a, VF b) {
+  return _mm256_max_ps(a, b);
+}
+static inline VF vmin(VF a, VF b) {
+  return _mm256_min_ps(a, b);
+}
+static inline VF fma(VF a, VF b, VF c) {
+  return _mm256_fmadd_ps(a, b, c);
+}
+static inline VF vabs(VF a) {
+  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a);
+}
 static inline float reduce_add(VF a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -142,18 +218,32 @@ static inline float reduce_max(VF a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-static inline VI iset1(int32_t x) { return _mm256_set1_epi32(x); }
-static inline VI iadd(VI a, VI b) { return _mm256_add_epi32(a, b); }
-static inline VI shift_left23(VI a) { return _mm256_slli_epi32(a, 23); }
-static inline VF as_float(VI a) { return _mm256_castsi256_ps(a); }
-static inline VF to_float(VI a) { return _mm256_cvtepi32_ps(a); }
-static inline VI round_to_int(VF a) { return _mm256_cvtps_epi32(a); }
+static inline VI iset1(int32_t x) {
+  return _mm256_set1_epi32(x);
+}
+static inline VI iadd(VI a, VI b) {
+  return _mm256_add_epi32(a, b);
+}
+static inline VI shift_left23(VI a) {
+  return _mm256_slli_epi32(a, 23);
+}
+static inline VF as_float(VI a) {
+  return _mm256_castsi256_ps(a);
+}
+static inline VF to_float(VI a) {
+  return _mm256_cvtepi32_ps(a);
+}
+static inline VI round_to_int(VF a) {
+  return _mm256_cvtps_epi32(a);
+}
 static inline int32_t reduce_iadd(VI a) {
   __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
   return _mm_cvtsi128_si32(_mm_add_epi32(x, _mm_shuffle_epi32(x, 0xb1)));
 }
-static inline VI load_bytes(const uint8_t* p) { return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)); }
+static inline VI load_bytes(const uint8_t* p) {
+  return _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
+}
 static inline VF load_i8(const uint8_t* p) {
   return _mm256_cvtepi32_ps(_mm256_cvtepi8_epi32(_mm_loadl_epi64(reinterpret_cast<const __m128i*>(p))));
 }
@@ -190,13 +280,23 @@ struct Nibbles {
     return _mm256_shuffle_epi8(codebook, _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)));
   }
 };
-static inline void store_bytes(uint8_t* p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
-static inline VI bits_and(VI a, uint8_t mask) { return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask))); }
-static inline VI bits_or(VI a, VI b) { return _mm256_or_si256(a, b); }
+static inline void store_bytes(uint8_t* p, VI v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
+}
+static inline VI bits_and(VI a, uint8_t mask) {
+  return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask)));
+}
+static inline VI bits_or(VI a, VI b) {
+  return _mm256_or_si256(a, b);
+}
 template <int N>
-static inline VI bits_left(VI a) { return _mm256_slli_epi16(a, N); }
+static inline VI bits_left(VI a) {
+  return _mm256_slli_epi16(a, N);
+}
 template <int N>
-static inline VI bits_right(VI a) { return _mm256_srli_epi16(a, N); }
+static inline VI bits_right(VI a) {
+  return _mm256_srli_epi16(a, N);
+}
 
 #else  // plain C++: 16-byte vectors of the compiler (SSE2, NEON, ...)
 
@@ -212,28 +312,64 @@ static inline VF load(const float* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
-static inline void store(float* p, VF v) { std::memcpy(p, &v, 16); }
-static inline VF set1(float x) { return VF{x, x, x, x}; }
-static inline VF add(VF a, VF b) { return a + b; }
-static inline VF sub(VF a, VF b) { return a - b; }
-static inline VF mul(VF a, VF b) { return a * b; }
-static inline VF div(VF a, VF b) { return a / b; }
-static inline VF vmax(VF a, VF b) { return a > b ? a : b; }
-static inline VF vmin(VF a, VF b) { return a < b ? a : b; }
-static inline VF fma(VF a, VF b, VF c) { return a * b + c; }
-static inline VF vabs(VF a) { return a < 0.0f ? -a : a; }
-static inline float reduce_add(VF a) { return (a[0] + a[2]) + (a[1] + a[3]); }
-static inline float reduce_max(VF a) { return std::fmax(std::fmax(a[0], a[2]), std::fmax(a[1], a[3])); }
-static inline VI iset1(int32_t x) { return VI{x, x, x, x}; }
-static inline VI iadd(VI a, VI b) { return a + b; }
-static inline VI shift_left23(VI a) { return a << 23; }
-static inline VF as_float(VI a) { return reinterpret_cast<VF>(a); }
-static inline VF to_float(VI a) { return __builtin_convertvector(a, VF); }
+static inline void store(float* p, VF v) {
+  std::memcpy(p, &v, 16);
+}
+static inline VF set1(float x) {
+  return VF{x, x, x, x};
+}
+static inline VF add(VF a, VF b) {
+  return a + b;
+}
+static inline VF sub(VF a, VF b) {
+  return a - b;
+}
+static inline VF mul(VF a, VF b) {
+  return a * b;
+}
+static inline VF div(VF a, VF b) {
+  return a / b;
+}
+static inline VF vmax(VF a, VF b) {
+  return a > b ? a : b;
+}
+static inline VF vmin(VF a, VF b) {
+  return a < b ? a : b;
+}
+static inline VF fma(VF a, VF b, VF c) {
+  return a * b + c;
+}
+static inline VF vabs(VF a) {
+  return a < 0.0f ? -a : a;
+}
+static inline float reduce_add(VF a) {
+  return (a[0] + a[2]) + (a[1] + a[3]);
+}
+static inline float reduce_max(VF a) {
+  return std::fmax(std::fmax(a[0], a[2]), std::fmax(a[1], a[3]));
+}
+static inline VI iset1(int32_t x) {
+  return VI{x, x, x, x};
+}
+static inline VI iadd(VI a, VI b) {
+  return a + b;
+}
+static inline VI shift_left23(VI a) {
+  return a << 23;
+}
+static inline VF as_float(VI a) {
+  return reinterpret_cast<VF>(a);
+}
+static inline VF to_float(VI a) {
+  return __builtin_convertvector(a, VF);
+}
 static inline VI round_to_int(VF a) {  // nearest even, through the addition of 1.5 * 2^23: |a| < 2^22
   const VF magic = set1(12582912.0f);
   return reinterpret_cast<VI>(a + magic) - reinterpret_cast<VI>(magic);
 }
-static inline int32_t reduce_iadd(VI a) { return a[0] + a[1] + a[2] + a[3]; }
+static inline int32_t reduce_iadd(VI a) {
+  return a[0] + a[1] + a[2] + a[3];
+}
 static inline VI load_bytes(const uint8_t* p) {
   VI v;
   std::memcpy(&v, p, 16);
@@ -242,7 +378,8 @@ static inline VI load_bytes(const uint8_t* p) {
 static inline VF load_i8(const uint8_t* p) {
   int8_t x[4];
   std::memcpy(x, p, 4);
-  return VF{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]), static_cast<float>(x[3])};
+  return VF{static_cast<float>(x[0]), static_cast<float>(x[1]), static_cast<float>(x[2]),
+            static_cast<float>(x[3])};
 }
 static inline VF load_bf16(const uint16_t* p) {
   return VF{float_from_bf16(p[0]), float_from_bf16(p[1]), float_from_bf16(p[2]), float_from_bf16(p[3])};
@@ -279,13 +416,23 @@ struct Nibbles {
     return load_bytes(bytes);
   }
 };
-static inline void store_bytes(uint8_t* p, VI v) { std::memcpy(p, &v, 16); }
-static inline VI bits_and(VI a, uint8_t mask) { return a & static_cast<int32_t>(0x01010101u * mask); }
-static inline VI bits_or(VI a, VI b) { return a | b; }
+static inline void store_bytes(uint8_t* p, VI v) {
+  std::memcpy(p, &v, 16);
+}
+static inline VI bits_and(VI a, uint8_t mask) {
+  return a & static_cast<int32_t>(0x01010101u * mask);
+}
+static inline VI bits_or(VI a, VI b) {
+  return a | b;
+}
 template <int N>
-static inline VI bits_left(VI a) { return a << N; }
+static inline VI bits_left(VI a) {
+  return a << N;
+}
 template <int N>
-static inline VI bits_right(VI a) { return a >> N; }
+static inline VI bits_right(VI a) {
+  return a >> N;
+}
 
 #endif
 
@@ -307,8 +454,8 @@ static inline VF butterfly(VF v, std::integer_sequence<int, I...>) {
   return fma(v, sign, (VF)__builtin_shufflevector(v, v, (I ^ H)...));
 }
 
-// The Walsh-Hadamard transform of n floats in place, not normalised; n is a power of two and a multiple of kLanes.
-// Sums and differences are rounded alike on every instruction set.
+// The Walsh-Hadamard transform of n floats in place, not normalised; n is a power of two and a multiple of
+// kLanes. Sums and differences are rounded alike on every instruction set.
 static inline void hadamard(float* x, int n) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
   for (int i = 0; i < n; i += kLanes) {
@@ -327,7 +474,8 @@ static inline void hadamard(float* x, int n) {
       }
 }
 
-// exp(x) to about 2 units in the last place for x in [-87, 88]; below, exactly zero is not needed: it underflows to ~1e-38.
+// exp(x) to about 2 units in the last place for x in [-87, 88]; below, exactly zero is not needed: it
+// underflows to ~1e-38.
 static inline VF vexp(VF x) {
   x = vmin(vmax(x, set1(-87.0f)), set1(88.0f));
   const VI n = round_to_int(mul(x, set1(1.44269504088896341f)));
@@ -345,6 +493,8 @@ static inline VF vexp(VF x) {
   return mul(p, as_float(shift_left23(iadd(n, iset1(127)))));
 }
 
-static inline VF silu(VF x) { return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), x)))); }
+static inline VF silu(VF x) {
+  return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), x))));
+}
 
 }  // namespace llmb::LLMB_ISA

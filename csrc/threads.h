@@ -1,5 +1,5 @@
-// Persistent threads with barriers that spin before they park: a step has hundreds of barriers a few microseconds
-// apart, and none of them is worth a system call; between steps a parked thread costs nothing.
+// Persistent threads with barriers that spin before they park: a step has hundreds of barriers a few
+// microseconds apart, and none of them is worth a system call; between steps a parked thread costs nothing.
 #pragma once
 
 #include <atomic>

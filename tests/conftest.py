@@ -29,10 +29,9 @@ def load_runner(tmp_path_factory: pytest.TempPathFactory) -> LoadRunner:
     cache_dir: Path = tmp_path_factory.mktemp("packed")
 
     def load(name: str, dtype: str) -> ModelRunner:
+        from llm_boost.checkpoint import open_checkpoint
         from llm_boost.engine.native_runner import NativeRunner
         from llm_boost.models.config import ModelConfig
-
-        from llm_boost.checkpoint import open_checkpoint
 
         if (name, dtype) not in runners:
             checkpoint = open_checkpoint(model_dir(name))

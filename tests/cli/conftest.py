@@ -7,10 +7,10 @@ from types import SimpleNamespace
 
 import numpy as np
 import pytest
-from llm_boost.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 
 from llm_boost import SamplingParams
 from llm_boost.cli import main as cli_main
+from llm_boost.engine.outputs import CompletionOutput, RequestMetrics, RequestOutput
 from llm_boost.errors import RequestError
 
 

@@ -65,7 +65,7 @@ def _values(steps: np.ndarray, fmt: str) -> np.ndarray:
 
 
 def unpack(packed: np.ndarray, fmt: str, rows: int, cols: int) -> np.ndarray:
-    """The weights that the packed bytes stand for, float64 [rows][cols], of random bytes [rows][padded columns]."""
+    """The weights that packed bytes stand for, float64 [rows][padded columns]."""
     blocks, k = round_up(rows, BLOCK) // BLOCK, padded_cols(fmt, cols)
     data = packed.reshape(blocks, -1)
     if fmt in ("float32", "bfloat16"):
@@ -88,7 +88,9 @@ def unpack(packed: np.ndarray, fmt: str, rows: int, cols: int) -> np.ndarray:
         vectors = body.reshape(blocks, k // 64, 12, BLOCK, 4)
         nibbles, pairs = vectors[:, :, :8], vectors[:, :, 8:]
         low = np.stack([nibbles & 15, nibbles >> 4], axis=3).reshape(blocks, k // 64, 16, BLOCK, 4)
-        high = np.stack([(pairs >> (2 * j)) & 3 for j in range(4)], axis=3).reshape(blocks, k // 64, 16, BLOCK, 4)
+        high = np.stack([(pairs >> (2 * j)) & 3 for j in range(4)], axis=3).reshape(
+            blocks, k // 64, 16, BLOCK, 4
+        )
         steps = 4 * (low.astype(np.int32) + 16 * high).reshape(blocks, k // 4, BLOCK, 4)
     values = (steps.transpose(0, 2, 1, 3).reshape(blocks, BLOCK, groups, group) - 128).astype(np.float64)
     w = (values * codes[..., None] * scales[:, :, None, None]).reshape(blocks * BLOCK, -1, GROUP)
@@ -110,13 +112,15 @@ def transform(x: np.ndarray) -> np.ndarray:
     h = 1
     while h < x.shape[-1]:
         pairs = x.reshape(*x.shape[:-1], -1, 2, h)
-        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(x.shape)
+        x = np.stack([pairs[..., 0, :] + pairs[..., 1, :], pairs[..., 0, :] - pairs[..., 1, :]], -2).reshape(
+            x.shape
+        )
         h *= 2
     return x
 
 
 def round_activations(x: np.ndarray, fmt: str) -> np.ndarray:
-    """x as the kernels see it beside weights of `fmt`, float64; [tokens][padded columns] where they are quantised."""
+    """x as the kernels see it beside weights of `fmt`, float64 [tokens][columns, padded where quantised]."""
     if fmt == "float32":
         return x.astype(np.float64)
     if fmt == "bfloat16":
@@ -128,7 +132,9 @@ def round_activations(x: np.ndarray, fmt: str) -> np.ndarray:
     if fmt in TRANSFORMED:
         groups = transform(groups)
     peak = np.abs(groups).max(axis=-1, keepdims=True)
-    inverse = np.where(peak > 1e-30, np.float32(127) / np.where(peak > 0, peak, 1), np.float32(0)).astype(np.float32)
+    inverse = np.where(peak > 1e-30, np.float32(127) / np.where(peak > 0, peak, 1), np.float32(0)).astype(
+        np.float32
+    )
     q = np.rint(groups * inverse)
     rounded = q.astype(np.float64) * (peak / np.float32(127))
     if fmt in TRANSFORMED:

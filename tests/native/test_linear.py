@@ -1,13 +1,12 @@
-"""The matrix products of every instruction set against numpy: formats, shapes, batches, epilogues, threads."""
+"""The matrix products of every instruction set against numpy: formats, shapes, batches, threads."""
 
 from __future__ import annotations
 
 import numpy as np
+import packed_reference as ref
 import pytest
 
 from llm_boost import _native
-
-import packed_reference as ref
 
 FORMATS = ("float32", "bfloat16", "int8", "int6", "int4")
 ISAS = _native.available_isas()
@@ -30,7 +29,15 @@ class Product:
         n = len(ids)
         rope = np.zeros((n, 8), np.float32)
         blocks = np.arange(-(-n // 16), dtype=np.int32)[None]
-        out = self.plan.run(ids, np.array([0, n], np.int32), np.array([n], np.int32), blocks, np.arange(n, dtype=np.int32), rope, rope)
+        out = self.plan.run(
+            ids,
+            np.array([0, n], np.int32),
+            np.array([n], np.int32),
+            blocks,
+            np.arange(n, dtype=np.int32),
+            rope,
+            rope,
+        )
         return out.copy()
 
 

@@ -51,7 +51,9 @@ def nearest_level(t: Array, fmt: str) -> Array:
 
 
 def searched_scales(groups: Array, fmt: str) -> Array:
-    guesses, end = ([0.68, 0.774, 0.868, 0.962, 1.056, 1.15], 127) if fmt == "int4" else ([0.94, 1.0, 1.06], 128)
+    guesses, end = (
+        ([0.68, 0.774, 0.868, 0.962, 1.056, 1.15], 127) if fmt == "int4" else ([0.94, 1.0, 1.06], 128)
+    )
     top = np.abs(groups).max(-1)
     zero = top < np.float32(1e-30)
     unit = groups * (ONE / np.where(zero, ONE, top) * ~zero)[..., None]

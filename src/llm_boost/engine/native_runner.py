@@ -180,10 +180,12 @@ class _Entries:
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:
-    """One of DTYPES; raises ConfigError. auto: bfloat16, or int8 for a checkpoint quantised to 8 bits or less."""
+    """One of DTYPES; raises ConfigError. auto: bfloat16, but int8 for a quantised GGUF."""
     if dtype == "auto":
         floats = {"float32", "float16", "bfloat16"}
-        quantised = any(info.dtype not in floats and len(info.shape) == 2 for info in checkpoint.tensors.values())
+        quantised = any(
+            info.dtype not in floats and len(info.shape) == 2 for info in checkpoint.tensors.values()
+        )
         return "int8" if quantised and checkpoint.format == "gguf" else "bfloat16"
     name = ALIASES.get(dtype, dtype)
     if name not in DTYPES:
@@ -229,12 +231,16 @@ def _max_model_len(config: ModelConfig, wanted: int | None) -> int:
     return _check("max_model_len (seq_length)", wanted, 1, config.max_model_len)
 
 
-def _num_blocks(block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int, memory: int | None) -> int:
+def _num_blocks(
+    block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int, memory: int | None
+) -> int:
     per_sequence = -(-max_model_len // block_size)
     if memory is not None:
         _check("kv_cache_memory", memory, 1, 1 << 50)
         if memory < block_bytes:
-            raise ConfigError(f"kv_cache_memory: got {memory} bytes, one block of {block_size} tokens takes {block_bytes}")
+            raise ConfigError(
+                f"kv_cache_memory: got {memory} bytes, one block of {block_size} tokens takes {block_bytes}"
+            )
         return memory // block_bytes
     budget = available_memory()
     affordable = per_sequence * max_num_seqs

@@ -34,7 +34,9 @@ def pack_entries(
     """
     for spec in specs:
         planned = _planned(checkpoint, spec, dtype)
-        yield PackedEntry(planned.name, _pack(checkpoint, spec, planned.meta["format"], threads), planned.meta)
+        yield PackedEntry(
+            planned.name, _pack(checkpoint, spec, planned.meta["format"], threads), planned.meta
+        )
 
 
 def _planned(checkpoint: Checkpoint, spec: WeightSpec, dtype: str) -> PlannedEntry:
@@ -76,7 +78,9 @@ def _pack(checkpoint: Checkpoint, spec: WeightSpec, fmt: str, threads: int) -> N
         return _vector(checkpoint, spec).view(np.uint8)
     parts = [np.ascontiguousarray(checkpoint.read(part)) for part in spec.parts]
     try:
-        packed: NDArray[np.uint8] = _native.pack_matrix([_native_view(p) for p in parts], fmt, spec.interleave, threads)
+        packed: NDArray[np.uint8] = _native.pack_matrix(
+            [_native_view(p) for p in parts], fmt, spec.interleave, threads
+        )
     except ValueError as error:
         raise CheckpointError(f"{checkpoint.path}: {' + '.join(spec.parts)}: {error}") from None
     return packed

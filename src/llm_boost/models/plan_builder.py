@@ -60,7 +60,7 @@ class PlanBuilder:
         out: Buffer,
         epilogue: Literal["store", "add", "silu_mul"] = "store",
     ) -> None:
-        """out (=, +=, or silu(gate) * up =) x @ weight.T + bias; the bias is `weight`.bias where there is one."""
+        """out (=, +=, or silu(gate) * up =) x @ weight.T + bias, where there is a `weight`.bias."""
         source, norm, eps = self._input(x)
         w, bias = self._weights[weight], self._vector(f"{weight}.bias")
         if bias is not None:
@@ -72,7 +72,9 @@ class PlanBuilder:
     ) -> None:
         """Rotary embedding, the write of k and v into the paged cache, and attention, causal and grouped."""
         scale = head_dim**-0.5
-        self._plan.attention(qkv, layer, self._vector(q_norm), self._vector(k_norm), eps, head_dim, scale, out)
+        self._plan.attention(
+            qkv, layer, self._vector(q_norm), self._vector(k_norm), eps, head_dim, scale, out
+        )
 
     def logits(self, x: Normed, head: str) -> None:
         """The end of the plan: logits of the rows that a step asks for."""

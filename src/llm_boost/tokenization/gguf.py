@@ -8,6 +8,7 @@ from __future__ import annotations
 from collections.abc import Mapping
 from typing import Any
 
+import numpy as np
 from tokenizers import AddedToken
 from tokenizers import Tokenizer as Backend
 
@@ -182,6 +183,8 @@ class _Fields:
             raise TokenizerError(
                 f"{self.source}: {_PREFIX}{name} is missing, so the file has no usable tokenizer"
             )
+        if isinstance(value, np.ndarray):  # how the GGUF reader gives arrays of numbers
+            value = value.tolist()
         if not isinstance(value, kind) or (kind is int and isinstance(value, bool)):
             raise TokenizerError(
                 f"{self.source}: {_PREFIX}{name} is a {type(value).__name__}, it must be a {kind.__name__}"
