@@ -378,7 +378,7 @@ void activate(const float* const* x, size_t num_rows, const float* norm, float e
         alignas(64) int8_t q[kGroup];
         const size_t g = k / kGroup;
         int32_t sums[2];
-        if (out.rotated) hadamard(y, kGroup);
+        hadamard(y, kGroup);
         quantize_group(y, q, &scales[g * num_rows + m], sums);
         for (size_t h = 0; h < 2; ++h) offsets[(2 * g + h) * num_rows + m] = -128 * sums[h];
         for (size_t s = 0; s < kGroupSteps; ++s)

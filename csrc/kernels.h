@@ -25,7 +25,6 @@ struct Activations {
       nullptr;  // int8 only; panel at row r: scales + r * num_groups, offsets + r * 2 * num_groups
   int32_t* offsets =
       nullptr;  // int8 only; -128 * the sum of each half group's values: what makes u8 weights signed
-  bool rotated = false;  // the values are of H x (layout.h)
 };
 
 struct Weight {

@@ -16,7 +16,7 @@
 //   weight = row_scale * code[group] * (u8 - 128)    where u8 is the value, 4 * the six bits, or the
 //   codebook's entry
 //
-// Activations are int8 with one scale for kGroup columns. For int8 and int6 weights both sides are rotated:
+// Activations are int8 with one scale for kGroup columns. Beside quantised weights both sides are rotated:
 // with H the 64-point Walsh-Hadamard matrix (entries +1 and -1, Sylvester's order) applied to each kGroup
 // columns, W x = (W H / 64)(H x); the packer stores W H / 64, and H x is what is quantised. The rotation
 // spreads an outlier over its neighbours, which halves the error of the activations (benchmarks/DIARY.md,
@@ -63,9 +63,6 @@ static constexpr size_t steps(Format f, size_t cols) {
 
 static constexpr bool is_quantized(Format f) {
   return f != Format::kF32 && f != Format::kBF16;
-}
-static constexpr bool is_rotated(Format f) {
-  return f == Format::kInt8 || f == Format::kInt6;
 }
 
 constexpr int kMaxCode = 127;  // scale codes are within [-kMaxCode, kMaxCode]

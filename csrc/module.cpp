@@ -3,6 +3,7 @@
 #include <nanobind/ndarray.h>
 #include <nanobind/stl/optional.h>
 #include <nanobind/stl/string.h>
+#include <nanobind/stl/tuple.h>
 #include <nanobind/stl/vector.h>
 
 #include <optional>
@@ -22,6 +23,8 @@ using Floats = nb::ndarray<const float, nb::ndim<1>, nb::c_contig, nb::device::c
 using Floats2 = nb::ndarray<const float, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
 using Ints = nb::ndarray<const int32_t, nb::ndim<1>, nb::c_contig, nb::device::cpu>;
 using Ints2 = nb::ndarray<const int32_t, nb::ndim<2>, nb::c_contig, nb::device::cpu>;
+
+using Part = std::tuple<Bytes, std::string, size_t, size_t, std::optional<Floats>>;
 
 void require(bool ok, const char* what) {
   if (!ok) throw nb::value_error(what);
@@ -76,15 +79,20 @@ void bind_plan(nb::module_& m) {
           "table"_a, "format"_a, "rows"_a, "width"_a, "out"_a, nb::keep_alive<1, 2>())
       .def(
           "linear",
-          [](Plan& p, int in, std::optional<Floats> norm, float eps, const Bytes& weight,
-             const std::string& format, size_t rows, size_t cols, std::optional<Floats> bias,
+          [](Plan& p, int in, std::optional<Floats> norm, float eps, const std::vector<Part>& parts,
              const std::string& epilogue, int out) {
-            require(!bias || bias->size() == round_up(rows, kBlockRows), "bias has the wrong size");
-            p.linear(in, norm_of(norm, eps, cols), weight_of(weight, format, rows, cols),
-                     bias ? bias->data() : nullptr, epilogue_of(epilogue), out);
+            std::vector<LinearPart> linear_parts;
+            for (const auto& [weight, format, rows, cols, bias] : parts) {
+              require(!bias || bias->size() == round_up(rows, kBlockRows), "bias has the wrong size");
+              linear_parts.push_back({weight_of(weight, format, rows, cols), bias ? bias->data() : nullptr});
+            }
+            require(!parts.empty(), "a linear needs a weight");
+            p.linear(in, norm_of(norm, eps, linear_parts[0].weight.cols), linear_parts, epilogue_of(epilogue),
+                     out);
           },
-          "input"_a, "norm"_a.none(), "eps"_a, "weight"_a, "format"_a, "rows"_a, "cols"_a, "bias"_a.none(),
-          "epilogue"_a, "out"_a, nb::keep_alive<1, 3>(), nb::keep_alive<1, 5>(), nb::keep_alive<1, 9>())
+          "input"_a, "norm"_a.none(), "eps"_a, "parts"_a, "epilogue"_a, "out"_a, nb::keep_alive<1, 3>(),
+          nb::keep_alive<1, 5>(),
+          "parts: (packed weight, format, rows, cols, bias or None), side by side in the columns of out.")
       .def(
           "attention",
           [](Plan& p, int qkv, size_t layer, std::optional<Floats> q_norm, std::optional<Floats> k_norm,

@@ -353,7 +353,7 @@ Quantizer quantizer(Format format) {
 void store_quantized(Format format, float* tile, size_t cols, std::vector<float>& scales, uint8_t* out) {
   const size_t padded = padded_cols(format, cols), num_groups = groups(format, cols);
   const Quantizer q = quantizer(format);
-  if (is_rotated(format)) rotate(tile, padded, 1.0f / kGroup);
+  if (is_quantized(format)) rotate(tile, padded, 1.0f / kGroup);
   for (size_t g = 0; g < num_groups; g++) q.scales(tile + g * group_cols(format) * R, &scales[g * R]);
   std::memset(out, 0, header_bytes(format, cols));
   store_header(scales.data(), num_groups, out);
@@ -434,7 +434,7 @@ void unpack_rows(Format format, const uint8_t* packed, size_t rows, size_t cols,
           x = scale * static_cast<float>(value_at(format, quants, k, r) - 128);
         }
       }
-    if (is_rotated(format)) rotate(tile.data(), padded, 1.0f);
+    if (is_quantized(format)) rotate(tile.data(), padded, 1.0f);
     for (size_t r = 0; r < std::min<size_t>(R, rows - first); r++)
       for (size_t k = 0; k < cols; k++) out[(first + r) * cols + k] = tile[k * R + r];
   }

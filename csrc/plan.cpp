@@ -73,26 +73,44 @@ struct Plan::Embed : Plan::Op {
 struct Plan::Linear : Plan::Op {
   int in;
   Norm norm;
-  LinearArgs args;
-  int out;  // -1: the logits, of the rows that want them
+  std::vector<LinearArgs> parts;  // side by side in the columns of out
+  std::vector<size_t> columns;    // where each begins
+  int out;                        // -1: the logits, of the rows that want them
 
   void run(const Context& c, int thread) override {
     Plan& plan = c.plan;
     const size_t tokens = out < 0 ? c.step.num_rows : c.step.num_tokens;
-    LinearArgs a = args;
-    a.num_tokens = tokens;
-    a.out = out < 0 ? plan.logits_.data() : plan.buffers_[out].data();
-    a.input = activations(c, tokens, thread);
-    const size_t blocks = round_up(a.weight.rows, kBlockRows) / kBlockRows;
-    const size_t chunks = (blocks + kChunkBlocks - 1) / kChunkBlocks;
-    Scratch scratch;
-    scratch.accumulators = reinterpret_cast<float*>(plan.scratch_[thread].data() + kExpandedBytes);
-    scratch.expanded = plan.scratch_[thread].data();
-    share(next, chunks, [&](size_t i) {
-      const size_t first = i * kChunkBlocks;
+    const Activations input = activations(c, tokens, thread);
+    const Scratch scratch{reinterpret_cast<float*>(plan.scratch_[thread].data() + kExpandedBytes),
+                          plan.scratch_[thread].data()};
+    float* to = out < 0 ? plan.logits_.data() : plan.buffers_[out].data();
+    share(next, num_chunks, [&](size_t i) {
+      size_t part = 0;
+      for (; i >= chunks[part]; ++part) i -= chunks[part];
+      LinearArgs a = parts[part];
+      a.num_tokens = tokens;
+      a.input = input;
+      a.out = to + columns[part];
+      const size_t first = i * kChunkBlocks, blocks = round_up(a.weight.rows, kBlockRows) / kBlockRows;
       plan.kernels_.linear(a, first, std::min<size_t>(kChunkBlocks, blocks - first), scratch);
     });
   }
+
+  void add(const LinearPart& part, Epilogue epilogue, size_t out_stride) {
+    LinearArgs a;
+    a.weight = part.weight;
+    a.bias = part.bias;
+    a.epilogue = epilogue;
+    a.out_stride = out_stride;
+    a.out_cols = epilogue == Epilogue::kSiluMul ? out_stride : part.weight.rows;
+    columns.push_back(parts.empty() ? 0 : columns.back() + parts.back().weight.rows);
+    parts.push_back(a);
+    chunks.push_back(round_up(part.weight.rows, kChunkRows) / kChunkRows);
+    num_chunks += chunks.back();
+  }
+
+  std::vector<size_t> chunks;  // of each part
+  size_t num_chunks = 0;
 
   // One panel is prepared by every thread for itself, which costs less than a barrier; more are shared out.
   Activations activations(const Context& c, size_t tokens, int thread) {
@@ -100,11 +118,10 @@ struct Plan::Linear : Plan::Op {
     const bool one_panel = tokens <= kPanelRows;
     ActivationStore& store = one_panel ? *plan.private_[thread] : *plan.shared_;
     Activations act;
-    act.format = is_quantized(args.weight.format) ? Format::kInt8 : args.weight.format;
-    act.cols = args.weight.cols;
+    act.format = is_quantized(parts[0].weight.format) ? Format::kInt8 : parts[0].weight.format;
+    act.cols = parts[0].weight.cols;
     act.num_steps = steps(act.format, act.cols);
     act.num_groups = is_quantized(act.format) ? padded_cols(act.format, act.cols) / kGroup : 0;
-    act.rotated = is_rotated(args.weight.format);
     act.values = store.values.data();
     act.scales = store.scales.data();
     act.offsets = store.offsets.data();
@@ -262,16 +279,20 @@ void Plan::reserve(const Weight& weight) {
   for (auto& store : private_) store->reserve(kPanelRows, act_values_, act_groups_);
 }
 
-void Plan::linear(int in, Norm norm, const Weight& weight, const float* bias, Epilogue epilogue, int out) {
+void Plan::linear(int in, Norm norm, const std::vector<LinearPart>& parts, Epilogue epilogue, int out) {
   auto op = std::make_unique<Linear>();
   op->in = in;
   op->norm = norm;
-  op->args.weight = weight;
-  op->args.bias = bias;
-  op->args.epilogue = epilogue;
-  op->args.out_stride = op->args.out_cols = out < 0 ? weight.rows : widths_[out];
   op->out = out;
-  reserve(weight);
+  size_t rows = 0;
+  for (const LinearPart& part : parts) {
+    if (part.weight.cols != parts[0].weight.cols ||
+        is_quantized(part.weight.format) != is_quantized(parts[0].weight.format))
+      throw std::invalid_argument("parts of a linear must share their input");
+    rows += part.weight.rows;
+    reserve(part.weight);
+  }
+  for (const LinearPart& part : parts) op->add(part, epilogue, out < 0 ? rows : widths_[out]);
   ops_.push_back(std::move(op));
 }
 
@@ -288,7 +309,7 @@ void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scal
 
 void Plan::logits(int in, Norm norm, const Weight& weight) {
   vocab_size_ = weight.rows;
-  linear(in, norm, weight, nullptr, Epilogue::kStore, -1);
+  linear(in, norm, {{weight, nullptr}}, Epilogue::kStore, -1);
 }
 
 void Plan::check(const Step& s) const {

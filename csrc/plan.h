@@ -35,6 +35,12 @@ struct Norm {
   float eps = 0;
 };
 
+// A weight of a linear, with its bias (rows padded to a block) or null.
+struct LinearPart {
+  Weight weight;
+  const float* bias = nullptr;
+};
+
 class Plan {
  public:
   Plan(int num_threads, const std::string& isa, size_t max_tokens, HeadShape heads, CacheShape cache);
@@ -47,8 +53,8 @@ class Plan {
 
   // out = table[token]; the table is [rows][width], f32 or bf16, unpacked.
   void embed(const void* table, Format format, size_t rows, size_t width, int out);
-  // out (op)= norm(in) * weight^T + bias
-  void linear(int in, Norm norm, const Weight& weight, const float* bias, Epilogue epilogue, int out);
+  // out (op)= norm(in) * weight^T + bias, the parts side by side.
+  void linear(int in, Norm norm, const std::vector<LinearPart>& parts, Epilogue epilogue, int out);
   // Rotates q and k of `qkv`, writes k and v into the cache of `layer`, and attends.
   void attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scale, int out);
   // The last operation: logits of Step::logit_rows.

@@ -36,11 +36,7 @@ class Plan:
         input: int,
         norm: _Floats | None,
         eps: float,
-        weight: _Bytes,
-        format: str,
-        rows: int,
-        cols: int,
-        bias: _Floats | None,
+        parts: Sequence[tuple[_Bytes, str, int, int, _Floats | None]],
         epilogue: str,
         out: int,
     ) -> None: ...

@@ -11,7 +11,6 @@ GROUP = _native.GROUP
 CODEBOOK = np.array(_native.INT4_CODEBOOK, dtype=np.int32)
 BLOCK = 16
 WEIGHT_GROUP = {"int8": 64, "int6": 64, "int4": 32}
-TRANSFORMED = ("int8", "int6")
 
 
 def round_up(n: int, to: int) -> int:
@@ -94,9 +93,7 @@ def unpack(packed: np.ndarray, fmt: str, rows: int, cols: int) -> np.ndarray:
         steps = 4 * (low.astype(np.int32) + 16 * high).reshape(blocks, k // 4, BLOCK, 4)
     values = (steps.transpose(0, 2, 1, 3).reshape(blocks, BLOCK, groups, group) - 128).astype(np.float64)
     w = (values * codes[..., None] * scales[:, :, None, None]).reshape(blocks * BLOCK, -1, GROUP)
-    if fmt in TRANSFORMED:
-        w = w @ hadamard(GROUP)
-    return w.reshape(blocks * BLOCK, k)[:rows]
+    return (w @ hadamard(GROUP)).reshape(blocks * BLOCK, k)[:rows]
 
 
 def hadamard(n: int) -> np.ndarray:
@@ -128,18 +125,14 @@ def round_activations(x: np.ndarray, fmt: str) -> np.ndarray:
     tokens, cols = x.shape
     padded = np.zeros((tokens, round_up(cols, GROUP)), np.float32)
     padded[:, :cols] = x
-    groups = padded.reshape(tokens, -1, GROUP)
-    if fmt in TRANSFORMED:
-        groups = transform(groups)
+    groups = transform(padded.reshape(tokens, -1, GROUP))
     peak = np.abs(groups).max(axis=-1, keepdims=True)
     inverse = np.where(peak > 1e-30, np.float32(127) / np.where(peak > 0, peak, 1), np.float32(0)).astype(
         np.float32
     )
     q = np.rint(groups * inverse)
     rounded = q.astype(np.float64) * (peak / np.float32(127))
-    if fmt in TRANSFORMED:
-        rounded = rounded @ hadamard(GROUP) / GROUP
-    return rounded.reshape(tokens, -1)
+    return (rounded @ hadamard(GROUP) / GROUP).reshape(tokens, -1)
 
 
 def rms_norm(x: np.ndarray, weight: np.ndarray, eps: float) -> np.ndarray:

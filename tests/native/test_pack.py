@@ -87,9 +87,7 @@ def reference(w: Array, fmt: str) -> bytes:
     if fmt == "bfloat16":
         x = pad(w, 16, 2).astype(ml_dtypes.bfloat16)
         return x.reshape(-1, 16, x.shape[1] // 2, 2).transpose(0, 2, 1, 3).tobytes()
-    x = pad(w, 16, 64)
-    if fmt != "int4":
-        x = rotated(x)
+    x = rotated(pad(w, 16, 64))
     groups = x.reshape(len(x), -1, GROUP[fmt])
     scales = int8_scales(groups) if fmt == "int8" else searched_scales(groups, fmt)
     row_scale = np.abs(scales).max(-1, keepdims=True) / np.float32(127)

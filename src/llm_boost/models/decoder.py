@@ -17,12 +17,14 @@ def weights(config: ModelConfig) -> Iterator[WeightSpec]:
     yield Table("embed", "model.embed_tokens.weight")
     for i in range(config.num_layers):
         hf, ours = f"model.layers.{i}.", f"layers.{i}."
-        qkv = tuple(f"{hf}self_attn.{x}_proj" for x in "qkv")
+        q, k, v = (f"{hf}self_attn.{x}_proj" for x in "qkv")
         gate_up = (f"{hf}mlp.gate_proj", f"{hf}mlp.up_proj")
         yield Vector(ours + "attention_norm", (f"{hf}input_layernorm.weight",))
-        yield Matrix(ours + "qkv", tuple(f"{x}.weight" for x in qkv))
+        yield Matrix(ours + "qk", (f"{q}.weight", f"{k}.weight"))
+        yield Matrix(ours + "v", (f"{v}.weight",), int4_as="int8")
         if config.qkv_bias:
-            yield Vector(ours + "qkv.bias", tuple(f"{x}.bias" for x in qkv))
+            yield Vector(ours + "qk.bias", (f"{q}.bias", f"{k}.bias"))
+            yield Vector(ours + "v.bias", (f"{v}.bias",))
         if config.qk_norm:
             yield Vector(ours + "q_norm", (f"{hf}self_attn.q_norm.weight",))
             yield Vector(ours + "k_norm", (f"{hf}self_attn.k_norm.weight",))
@@ -37,8 +39,10 @@ def weights(config: ModelConfig) -> Iterator[WeightSpec]:
         if config.mlp_bias:
             yield Vector(ours + "down.bias", (f"{hf}mlp.down_proj.bias",))
     yield Vector("norm", ("model.norm.weight",))
-    head = "model.embed_tokens.weight" if config.tie_word_embeddings else "lm_head.weight"
-    yield Matrix("head", (head,), is_head=True)
+    if config.tie_word_embeddings:
+        yield Matrix("head", ("model.embed_tokens.weight",), int4_as="int6")
+    else:
+        yield Matrix("head", ("lm_head.weight",))
 
 
 def build(b: PlanBuilder, config: ModelConfig) -> None:
@@ -53,7 +57,7 @@ def build(b: PlanBuilder, config: ModelConfig) -> None:
     b.embed("embed", out=x)
     for i in range(config.num_layers):
         layer = f"layers.{i}."
-        b.linear(b.rms_norm(x, layer + "attention_norm", eps), layer + "qkv", out=qkv)
+        b.linear(b.rms_norm(x, layer + "attention_norm", eps), layer + "qk", layer + "v", out=qkv)
         b.attention(
             qkv,
             i,

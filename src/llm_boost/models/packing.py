@@ -15,7 +15,7 @@ from llm_boost.checkpoint.packed import PackedEntry, PlannedEntry
 from llm_boost.errors import CheckpointError
 from llm_boost.models.weights import Matrix, Table, Vector, WeightSpec
 
-LAYOUT_VERSION = f"1-{_native.GROUP}"  # a new one whenever the bytes of the same weights change
+LAYOUT_VERSION = f"2-{_native.GROUP}"  # a new one whenever the bytes of the same weights change
 BLOCK_ROWS = 16
 
 
@@ -60,8 +60,7 @@ def _table_format(dtype: str) -> str:
 
 
 def _matrix_format(spec: Matrix, dtype: str) -> str:
-    """A head at four bits costs more quality than it saves time: it has six."""
-    return "int6" if spec.is_head and dtype == "int4" else dtype
+    return spec.int4_as if dtype == "int4" else dtype
 
 
 def _padded_rows(checkpoint: Checkpoint, part: str, spec: Matrix | Vector) -> int:

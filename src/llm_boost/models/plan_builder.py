@@ -56,16 +56,17 @@ class PlanBuilder:
     def linear(
         self,
         x: Buffer | Normed,
-        weight: str,
+        *weights: str,
         out: Buffer,
         epilogue: Literal["store", "add", "silu_mul"] = "store",
     ) -> None:
-        """out (=, +=, or silu(gate) * up =) x @ weight.T + bias, where there is a `weight`.bias."""
+        """out (=, +=, or silu(gate) * up =) x @ weight.T + bias, where there is a `weight`.bias.
+
+        Several weights stand side by side in the columns of `out`.
+        """
         source, norm, eps = self._input(x)
-        w, bias = self._weights[weight], self._vector(f"{weight}.bias")
-        if bias is not None:
-            bias = np.pad(bias, (0, -len(bias) % 16))
-        self._plan.linear(source, norm, eps, w.data, w.format, w.rows, w.cols, bias, epilogue, out)
+        parts = [self._part(name) for name in weights]
+        self._plan.linear(source, norm, eps, parts, epilogue, out)
 
     def attention(
         self, qkv: Buffer, layer: int, out: Buffer, *, head_dim: int, eps: float, q_norm: str, k_norm: str
@@ -86,6 +87,12 @@ class PlanBuilder:
         if isinstance(x, Normed):
             return x.input, self._vector(x.weight), x.eps
         return x, None, 0.0
+
+    def _part(self, name: str) -> tuple[Any, str, int, int, NDArray[np.float32] | None]:
+        w, bias = self._weights[name], self._vector(f"{name}.bias")
+        if bias is not None:
+            bias = np.pad(bias, (0, -len(bias) % 16))
+        return w.data, w.format, w.rows, w.cols, bias
 
     def _vector(self, name: str) -> NDArray[np.float32] | None:
         if name not in self._weights:

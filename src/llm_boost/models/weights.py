@@ -10,12 +10,13 @@ class Matrix:
     """A linear's weight: the rows of `parts` (Hugging Face names) stacked, [rows, cols].
 
     With `interleave`, blocks of 16 rows are taken from the parts in turn: gate, up, gate, up, ...
+    `int4_as` is its format in an int4 model: some are worth more bits (benchmarks/DIARY.md).
     """
 
     name: str
     parts: tuple[str, ...]
     interleave: bool = False
-    is_head: bool = False
+    int4_as: str = "int4"
 
 
 @dataclass(frozen=True)
