@@ -30,9 +30,12 @@ static inline VF dot(VF acc, VI w, VI a) {
   return dot_bf16(acc, w, a);
 }
 
-template <Format F, int M, int NB>
+// Keys are a packed matrix of their own: float16, multiplied in float32.
+enum class Operand { kWeights, kF16Keys };
+
+template <Format F, Operand O, int M, int NB>
 void tile_float(const TileArgs& t, float* __restrict acc) {
-  constexpr int N = NB * kParts;
+  constexpr int N = NB * kParts, kBytes = O == Operand::kF16Keys ? 2 : 4;
   const TileArgs local = t;
   VF c[M][N];
   LLMB_UNROLL for (int m = 0; m < M; ++m) LLMB_UNROLL for (int v = 0; v < N; ++v) {
@@ -42,7 +45,8 @@ void tile_float(const TileArgs& t, float* __restrict acc) {
   for (size_t s = 0; s < local.count; ++s, a += local.stride * 4) {
     VI w[N];
     LLMB_UNROLL for (int v = 0; v < N; ++v) {
-      w[v] = load_bytes(local.w[v / kParts] + s * kStepBytes + v % kParts * kVectorBytes);
+      const uint8_t* at = local.w[v / kParts] + (s * kBlockRows + v % kParts * kLanes) * kBytes;
+      w[v] = O == Operand::kF16Keys ? as_int(load_f16(at)) : load_bytes(at);
     }
     LLMB_UNROLL for (int m = 0; m < M; ++m) {
       const VI x = broadcast4(a + m * 4);
@@ -122,39 +126,39 @@ void tile_int(const TileArgs& t, float* __restrict acc) {
   }
 }
 
-template <Format F, int Group, int M, int NB>
+template <Format F, int Group, Operand O, int M, int NB>
 inline void tile(const TileArgs& t, float* acc) {
   if constexpr (is_quantized(F))
     tile_int<F, Group, M, NB>(t, acc);
   else
-    tile_float<F, M, NB>(t, acc);
+    tile_float<F, O, M, NB>(t, acc);
 }
 
-template <Format F, int Group, int NB>
+template <Format F, int Group, Operand O, int NB>
 void tile_rows(const TileArgs& t, int rows, float* acc) {
   static_assert(kTileRows == 6 || kTileRows == 2);
   switch (rows) {
     case 1:
-      return tile<F, Group, 1, NB>(t, acc);
+      return tile<F, Group, O, 1, NB>(t, acc);
     case 2:
-      return tile<F, Group, 2, NB>(t, acc);
+      return tile<F, Group, O, 2, NB>(t, acc);
   }
   if constexpr (kTileRows > 2) {
     switch (rows) {
       case 3:
-        return tile<F, Group, 3, NB>(t, acc);
+        return tile<F, Group, O, 3, NB>(t, acc);
       case 4:
-        return tile<F, Group, 4, NB>(t, acc);
+        return tile<F, Group, O, 4, NB>(t, acc);
       case 5:
-        return tile<F, Group, 5, NB>(t, acc);
+        return tile<F, Group, O, 5, NB>(t, acc);
       case 6:
-        return tile<F, Group, 6, NB>(t, acc);
+        return tile<F, Group, O, 6, NB>(t, acc);
     }
   }
 }
 
 // Any number of rows of one panel times up to kChunkBlocks blocks.
-template <Format F, int Group = group_cols(F)>
+template <Format F, int Group = group_cols(F), Operand O = Operand::kWeights>
 void panel(TileArgs t, int rows, int blocks, float* acc) {
   // Four unpacked steps of six bits leave no registers for more.
   constexpr int kBlocks = F == Format::kInt6 ? 1 : kTileBlocks;
@@ -170,9 +174,9 @@ void panel(TileArgs t, int rows, int blocks, float* acc) {
       t.offsets = offsets ? offsets + m : nullptr;
       float* out = acc + m * kChunkRows + b * kBlockRows;
       if (nb == kBlocks)
-        tile_rows<F, Group, kBlocks>(t, n, out);
+        tile_rows<F, Group, O, kBlocks>(t, n, out);
       else
-        tile_rows<F, Group, 1>(t, n, out);
+        tile_rows<F, Group, O, 1>(t, n, out);
     }
     for (int i = 0; i + nb < kChunkBlocks; ++i) {
       t.w[i] = t.w[i + nb];
@@ -428,16 +432,16 @@ void rope(const RopeArgs& args, size_t kv_head) {
   const size_t element = cache.format == Format::kF32 ? 4 : 2, per_step = 4 / element;
   const size_t head_bytes = cache.block_size * dim * element;
   const size_t at = (args.block * kv_heads + kv_head) * head_bytes;
-  uint8_t* keys = cache.keys + at + args.offset / 16 * (16 * dim * element) + args.offset % 16 * 4;
+  uint8_t* keys = cache.keys + at + (args.offset / 16 * (16 * dim) + args.offset % 16) * element;
   uint8_t* values = cache.values + at + args.offset / per_step * kStepBytes;
   const size_t dims_stride = cache.block_size / per_step * kStepBytes;  // from 16 dimensions to the next 16
   if (cache.format == Format::kF32) {
     for (size_t d = 0; d < dim; ++d) std::memcpy(keys + d * kStepBytes, k + d, 4);
     for (size_t d = 0; d < dim; ++d) std::memcpy(values + d / 16 * dims_stride + d % 16 * 4, v + d, 4);
   } else {
-    for (size_t d = 0; d < dim; d += 2) {
-      const uint16_t pair[2] = {bf16_from_float(k[d]), bf16_from_float(k[d + 1])};
-      std::memcpy(keys + d / 2 * kStepBytes, pair, 4);
+    for (size_t d = 0; d < dim; ++d) {
+      const uint16_t x = f16_from_float(k[d]);
+      std::memcpy(keys + d * 16 * element, &x, 2);
     }
     for (size_t d = 0; d < dim; ++d) {
       uint8_t* to = values + d / 16 * dims_stride + d % 16 * 4;
@@ -456,7 +460,7 @@ void rope(const RopeArgs& args, size_t kv_head) {
 constexpr size_t kMaxHeadDim = 256;
 constexpr size_t kKeyTile = kChunkRows;  // positions whose scores are computed at a time
 
-// Up to kAttentionRows query rows as the left operand of a product: [dim / e][rows][e].
+// One element of a left operand: [columns / e][rows][e], e = 1 (f32) or 2 (bf16).
 template <Format F>
 void put(uint8_t* to, size_t index, size_t rows, size_t row, float x) {
   if constexpr (F == Format::kF32) {
@@ -491,6 +495,7 @@ float softmax_row(float* s, long valid, float* running_max, float* running_sum) 
 template <Format F>
 void attention_of(const AttentionArgs& args) {
   constexpr size_t element = F == Format::kF32 ? 4 : 2, per_step = 4 / element;
+  constexpr Operand kKeys = F == Format::kF32 ? Operand::kWeights : Operand::kF16Keys;
   const auto [heads, kv_heads, dim] = args.shape;
   const size_t group = heads / kv_heads, rows = args.row_end - args.row_begin;
   const size_t block_size = args.cache.block_size, head_bytes = block_size * dim * element;
@@ -506,7 +511,7 @@ void attention_of(const AttentionArgs& args) {
     const size_t token = (args.row_begin + r) / group,
                  head = args.kv_head * group + (args.row_begin + r) % group;
     const float* from = args.qkv + token * args.qkv_stride + head * dim;
-    for (size_t d = 0; d < dim; ++d) put<F>(q, d, rows, r, from[d] * args.scale);
+    for (size_t d = 0; d < dim; ++d) put<Format::kF32>(q, d, rows, r, from[d] * args.scale);
     running_max[r] = -1e30f;
     running_sum[r] = 0.0f;
     limit[r] = static_cast<long>(args.first_position + token + 1);
@@ -526,9 +531,9 @@ void attention_of(const AttentionArgs& args) {
       t.w[i] = head_of(args.cache.keys, at) + at % block_size * dim * element;
     }
     t.a = q;
-    t.count = dim / per_step;
+    t.count = dim;
     std::memset(scores, 0, rows * kChunkRows * sizeof(float));
-    panel<F>(t, static_cast<int>(rows), sub_blocks, scores);
+    panel<Format::kF32, 0, kKeys>(t, static_cast<int>(rows), sub_blocks, scores);
 
     for (size_t r = 0; r < rows; ++r) {
       float* s = scores + r * kChunkRows;

@@ -62,11 +62,13 @@ constexpr size_t kStepsPerPass = 1024;  // k is cut so that a chunk's weights st
 constexpr size_t kExpandedBytes = kChunkBlocks * kStepsPerPass * kStepBytes;
 
 // Keys and values of one layer: blocks of `block_size` positions (a multiple of 16), each kv head apart.
-//   key block:   [block_size / 16][head_dim / e][16 positions][e]   e = 1 (f32) or 2 (bf16): a packed matrix
-//   of positions value block: [head_dim / 16][block_size / e][16 dims][e]        a packed matrix of
+//   key block:   [block_size / 16][head_dim][16 positions] f32 or f16
+//   value block: [head_dim / 16][block_size / e][16 dims][e], e = 1 (f32) or 2 (bf16): a packed matrix of
 //   dimensions
+// Keys need float16's longer mantissa: Qwen2's carry a large bias, and as bfloat16 they cost it more than all
+// its weights in int8 (benchmarks/DIARY.md, 2026-11-22).
 struct CacheLayer {
-  Format format = Format::kBF16;  // kF32 or kBF16
+  Format format = Format::kBF16;  // of the values: kF32 or kBF16
   uint8_t* keys = nullptr;        // [num_blocks][kv_heads][block_size * head_dim]
   uint8_t* values = nullptr;
   size_t block_size = 0, kv_heads = 0, head_dim = 0;

@@ -40,9 +40,7 @@ constexpr int kStepBytes = 64;  // kBlockRows rows of 4 bytes
 constexpr int kGroup = 64;      // columns that are rotated together, and activations that share a scale
 constexpr int kGroupSteps = kGroup / 4;
 
-static constexpr size_t round_up(size_t n, size_t to) {
-  return (n + to - 1) / to * to;
-}
+static constexpr size_t round_up(size_t n, size_t to) { return (n + to - 1) / to * to; }
 
 static constexpr size_t padded_cols(Format f, size_t cols) {
   switch (f) {
@@ -61,16 +59,12 @@ static constexpr size_t steps(Format f, size_t cols) {
   return f == Format::kF32 ? k : f == Format::kBF16 ? k / 2 : k / 4;
 }
 
-static constexpr bool is_quantized(Format f) {
-  return f != Format::kF32 && f != Format::kBF16;
-}
+static constexpr bool is_quantized(Format f) { return f != Format::kF32 && f != Format::kBF16; }
 
 constexpr int kMaxCode = 127;  // scale codes are within [-kMaxCode, kMaxCode]
 
 // Columns of weights that share a scale code.
-static constexpr int group_cols(Format f) {
-  return f == Format::kInt4 ? 32 : 64;
-}
+static constexpr int group_cols(Format f) { return f == Format::kInt4 ? 32 : 64; }
 
 static constexpr size_t groups(Format f, size_t cols) {
   return is_quantized(f) ? padded_cols(f, cols) / group_cols(f) : 0;

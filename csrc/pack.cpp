@@ -29,9 +29,7 @@ constexpr int R = kBlockRows;
 // Groups smaller than this count as zero, so that no scale is ever denormal.
 constexpr float kTiny = 1e-30f;
 
-float from_bits(uint32_t bits) {
-  return std::bit_cast<float>(bits);
-}
+float from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
 float half_to_float(uint16_t half) {
   const uint32_t sign = (half & 0x8000u) << 16, rest = (half & 0x7fffu) << 13;
@@ -46,13 +44,9 @@ uint16_t to_bf16(float x) {  // nearest, ties to even; finite x
 }
 
 // The nearest integer, ties to even, for |x| < 2^22.
-float round_even(float x) {
-  return (x + 12582912.0f) - 12582912.0f;
-}
+float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
-bool is_finite(float x) {
-  return (std::bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u;
-}
+bool is_finite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
 
 // One row of a part.
 struct Row {
@@ -71,9 +65,7 @@ struct Row {
   }
 };
 
-size_t source_bytes(Source type) {
-  return type == Source::kF32 ? 4 : 2;
-}
+size_t source_bytes(Source type) { return type == Source::kF32 ? 4 : 2; }
 
 // The rows of the packed matrix, block by block.
 class Rows {

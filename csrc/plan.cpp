@@ -9,9 +9,7 @@
 namespace llmb {
 namespace {
 
-size_t padded_rows(size_t n) {
-  return round_up(n, kPanelRows);
-}
+size_t padded_rows(size_t n) { return round_up(n, kPanelRows); }
 
 }  // namespace
 

@@ -21,9 +21,7 @@ constexpr int kBucketShift = 20;
 constexpr size_t kBuckets = (std::bit_cast<uint32_t>(1.0f) >> kBucketShift) + 1;
 
 // The one order of tokens: higher score first, then lower id.
-bool before(const Scored& a, const Scored& b) {
-  return a.score != b.score ? a.score > b.score : a.id < b.id;
-}
+bool before(const Scored& a, const Scored& b) { return a.score != b.score ? a.score > b.score : a.id < b.id; }
 
 // e^x for x <= 0 within 2 units in the last place; 0 below -87. Our own, so that it becomes vector code and
 // gives the same bits on every machine (Cody and Waite's reduction, the polynomial of Cephes' expf).

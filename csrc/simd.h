@@ -25,6 +25,30 @@ static inline uint16_t bf16_from_float(float x) {
   return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                 // nearest even
 }
 
+// Nearest even; beyond float16's largest: its largest.
+static inline uint16_t f16_from_float(float x) {
+  uint32_t bits;
+  std::memcpy(&bits, &x, 4);
+  const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
+  if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | (size > 0x7f800000u ? 0x7e00u : 0x7bffu));
+  if (size < 0x38800000u) {  // a denormal half: adding 2^-1 leaves its bits at the end of the mantissa
+    float magnitude;
+    std::memcpy(&magnitude, &size, 4);
+    magnitude += 0.5f;
+    std::memcpy(&bits, &magnitude, 4);
+    return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
+  }
+  return static_cast<uint16_t>(sign | ((size + 0xfffu + (size >> 13 & 1u) - 0x38000000u) >> 13));
+}
+
+static inline float float_from_f16(uint16_t x) {
+  const uint32_t rest = (x & 0x7fffu) << 13;
+  float f;
+  std::memcpy(&f, &rest, 4);
+  f *= 0x1p112f;  // from the exponent's bias 15 to 127
+  return x & 0x8000u ? -f : f;
+}
+
 static inline float float_from_bf16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float f;
@@ -42,75 +66,37 @@ constexpr int kTileRows = 6;
 constexpr bool kUnsignedWeights =
     true;  // the dot takes u8 weights as they are; the caller adds -128 * sum(a)
 
-static inline VF load(const float* p) {
-  return _mm512_loadu_ps(p);
-}
-static inline void store(float* p, VF v) {
-  _mm512_storeu_ps(p, v);
-}
-static inline VF set1(float x) {
-  return _mm512_set1_ps(x);
-}
-static inline VF add(VF a, VF b) {
-  return _mm512_add_ps(a, b);
-}
-static inline VF sub(VF a, VF b) {
-  return _mm512_sub_ps(a, b);
-}
-static inline VF mul(VF a, VF b) {
-  return _mm512_mul_ps(a, b);
-}
-static inline VF div(VF a, VF b) {
-  return _mm512_div_ps(a, b);
-}
-static inline VF vmax(VF a, VF b) {
-  return _mm512_max_ps(a, b);
-}
-static inline VF vmin(VF a, VF b) {
-  return _mm512_min_ps(a, b);
-}
-static inline VF fma(VF a, VF b, VF c) {
-  return _mm512_fmadd_ps(a, b, c);
-}
-static inline VF vabs(VF a) {
-  return _mm512_abs_ps(a);
-}
-static inline float reduce_add(VF a) {
-  return _mm512_reduce_add_ps(a);
-}
-static inline float reduce_max(VF a) {
-  return _mm512_reduce_max_ps(a);
-}
-static inline VI iset1(int32_t x) {
-  return _mm512_set1_epi32(x);
-}
-static inline VI iadd(VI a, VI b) {
-  return _mm512_add_epi32(a, b);
-}
-static inline VI shift_left23(VI a) {
-  return _mm512_slli_epi32(a, 23);
-}
-static inline VF as_float(VI a) {
-  return _mm512_castsi512_ps(a);
-}
-static inline VF to_float(VI a) {
-  return _mm512_cvtepi32_ps(a);
-}
-static inline VI round_to_int(VF a) {
-  return _mm512_cvtps_epi32(a);
-}
-static inline int32_t reduce_iadd(VI a) {
-  return _mm512_reduce_add_epi32(a);
-}
-static inline VI load_bytes(const uint8_t* p) {
-  return _mm512_loadu_si512(p);
-}
+static inline VF load(const float* p) { return _mm512_loadu_ps(p); }
+static inline void store(float* p, VF v) { _mm512_storeu_ps(p, v); }
+static inline VF set1(float x) { return _mm512_set1_ps(x); }
+static inline VF add(VF a, VF b) { return _mm512_add_ps(a, b); }
+static inline VF sub(VF a, VF b) { return _mm512_sub_ps(a, b); }
+static inline VF mul(VF a, VF b) { return _mm512_mul_ps(a, b); }
+static inline VF div(VF a, VF b) { return _mm512_div_ps(a, b); }
+static inline VF vmax(VF a, VF b) { return _mm512_max_ps(a, b); }
+static inline VF vmin(VF a, VF b) { return _mm512_min_ps(a, b); }
+static inline VF fma(VF a, VF b, VF c) { return _mm512_fmadd_ps(a, b, c); }
+static inline VF vabs(VF a) { return _mm512_abs_ps(a); }
+static inline float reduce_add(VF a) { return _mm512_reduce_add_ps(a); }
+static inline float reduce_max(VF a) { return _mm512_reduce_max_ps(a); }
+static inline VI iset1(int32_t x) { return _mm512_set1_epi32(x); }
+static inline VI iadd(VI a, VI b) { return _mm512_add_epi32(a, b); }
+static inline VI shift_left23(VI a) { return _mm512_slli_epi32(a, 23); }
+static inline VF as_float(VI a) { return _mm512_castsi512_ps(a); }
+static inline VI as_int(VF a) { return _mm512_castps_si512(a); }
+static inline VF to_float(VI a) { return _mm512_cvtepi32_ps(a); }
+static inline VI round_to_int(VF a) { return _mm512_cvtps_epi32(a); }
+static inline int32_t reduce_iadd(VI a) { return _mm512_reduce_add_epi32(a); }
+static inline VI load_bytes(const uint8_t* p) { return _mm512_loadu_si512(p); }
 static inline VF load_i8(const uint8_t* p) {
   return _mm512_cvtepi32_ps(_mm512_cvtepi8_epi32(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p))));
 }
 static inline VF load_bf16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
+}
+static inline VF load_f16(const uint8_t* p) {
+  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline void store_i8(int8_t* p, VI v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
@@ -148,15 +134,11 @@ struct Nibbles {
     return _mm512_shuffle_epi8(codebook, _mm512_and_si512(_mm512_srli_epi16(x, 4), _mm512_set1_epi8(15)));
   }
 };
-static inline void store_bytes(uint8_t* p, VI v) {
-  _mm512_storeu_si512(p, v);
-}
+static inline void store_bytes(uint8_t* p, VI v) { _mm512_storeu_si512(p, v); }
 static inline VI bits_and(VI a, uint8_t mask) {
   return _mm512_and_si512(a, _mm512_set1_epi8(static_cast<char>(mask)));
 }
-static inline VI bits_or(VI a, VI b) {
-  return _mm512_or_si512(a, b);
-}
+static inline VI bits_or(VI a, VI b) { return _mm512_or_si512(a, b); }
 template <int N>
 static inline VI bits_left(VI a) {
   return _mm512_slli_epi16(a, N);
@@ -175,39 +157,17 @@ constexpr int kTileBlocks = 1;
 constexpr int kTileRows = 6;
 constexpr bool kUnsignedWeights = false;
 
-static inline VF load(const float* p) {
-  return _mm256_loadu_ps(p);
-}
-static inline void store(float* p, VF v) {
-  _mm256_storeu_ps(p, v);
-}
-static inline VF set1(float x) {
-  return _mm256_set1_ps(x);
-}
-static inline VF add(VF a, VF b) {
-  return _mm256_add_ps(a, b);
-}
-static inline VF sub(VF a, VF b) {
-  return _mm256_sub_ps(a, b);
-}
-static inline VF mul(VF a, VF b) {
-  return _mm256_mul_ps(a, b);
-}
-static inline VF div(VF a, VF b) {
-  return _mm256_div_ps(a, b);
-}
-static inline VF vmax(VF a, VF b) {
-  return _mm256_max_ps(a, b);
-}
-static inline VF vmin(VF a, VF b) {
-  return _mm256_min_ps(a, b);
-}
-static inline VF fma(VF a, VF b, VF c) {
-  return _mm256_fmadd_ps(a, b, c);
-}
-static inline VF vabs(VF a) {
-  return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a);
-}
+static inline VF load(const float* p) { return _mm256_loadu_ps(p); }
+static inline void store(float* p, VF v) { _mm256_storeu_ps(p, v); }
+static inline VF set1(float x) { return _mm256_set1_ps(x); }
+static inline VF add(VF a, VF b) { return _mm256_add_ps(a, b); }
+static inline VF sub(VF a, VF b) { return _mm256_sub_ps(a, b); }
+static inline VF mul(VF a, VF b) { return _mm256_mul_ps(a, b); }
+static inline VF div(VF a, VF b) { return _mm256_div_ps(a, b); }
+static inline VF vmax(VF a, VF b) { return _mm256_max_ps(a, b); }
+static inline VF vmin(VF a, VF b) { return _mm256_min_ps(a, b); }
+static inline VF fma(VF a, VF b, VF c) { return _mm256_fmadd_ps(a, b, c); }
+static inline VF vabs(VF a) { return _mm256_andnot_ps(_mm256_set1_ps(-0.0f), a); }
 static inline float reduce_add(VF a) {
   __m128 x = _mm_add_ps(_mm256_castps256_ps128(a), _mm256_extractf128_ps(a, 1));
   x = _mm_add_ps(x, _mm_movehl_ps(x, x));
@@ -218,24 +178,13 @@ static inline float reduce_max(VF a) {
   x = _mm_max_ps(x, _mm_movehl_ps(x, x));
   return _mm_cvtss_f32(_mm_max_ss(x, _mm_movehdup_ps(x)));
 }
-static inline VI iset1(int32_t x) {
-  return _mm256_set1_epi32(x);
-}
-static inline VI iadd(VI a, VI b) {
-  return _mm256_add_epi32(a, b);
-}
-static inline VI shift_left23(VI a) {
-  return _mm256_slli_epi32(a, 23);
-}
-static inline VF as_float(VI a) {
-  return _mm256_castsi256_ps(a);
-}
-static inline VF to_float(VI a) {
-  return _mm256_cvtepi32_ps(a);
-}
-static inline VI round_to_int(VF a) {
-  return _mm256_cvtps_epi32(a);
-}
+static inline VI iset1(int32_t x) { return _mm256_set1_epi32(x); }
+static inline VI iadd(VI a, VI b) { return _mm256_add_epi32(a, b); }
+static inline VI shift_left23(VI a) { return _mm256_slli_epi32(a, 23); }
+static inline VF as_float(VI a) { return _mm256_castsi256_ps(a); }
+static inline VI as_int(VF a) { return _mm256_castps_si256(a); }
+static inline VF to_float(VI a) { return _mm256_cvtepi32_ps(a); }
+static inline VI round_to_int(VF a) { return _mm256_cvtps_epi32(a); }
 static inline int32_t reduce_iadd(VI a) {
   __m128i x = _mm_add_epi32(_mm256_castsi256_si128(a), _mm256_extracti128_si256(a, 1));
   x = _mm_add_epi32(x, _mm_shuffle_epi32(x, 0x4e));
@@ -250,6 +199,9 @@ static inline VF load_i8(const uint8_t* p) {
 static inline VF load_bf16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
+}
+static inline VF load_f16(const uint8_t* p) {
+  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 static inline void store_i8(int8_t* p, VI v) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
@@ -280,15 +232,11 @@ struct Nibbles {
     return _mm256_shuffle_epi8(codebook, _mm256_and_si256(_mm256_srli_epi16(x, 4), _mm256_set1_epi8(15)));
   }
 };
-static inline void store_bytes(uint8_t* p, VI v) {
-  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v);
-}
+static inline void store_bytes(uint8_t* p, VI v) { _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), v); }
 static inline VI bits_and(VI a, uint8_t mask) {
   return _mm256_and_si256(a, _mm256_set1_epi8(static_cast<char>(mask)));
 }
-static inline VI bits_or(VI a, VI b) {
-  return _mm256_or_si256(a, b);
-}
+static inline VI bits_or(VI a, VI b) { return _mm256_or_si256(a, b); }
 template <int N>
 static inline VI bits_left(VI a) {
   return _mm256_slli_epi16(a, N);
@@ -312,64 +260,29 @@ static inline VF load(const float* p) {
   std::memcpy(&v, p, 16);
   return v;
 }
-static inline void store(float* p, VF v) {
-  std::memcpy(p, &v, 16);
-}
-static inline VF set1(float x) {
-  return VF{x, x, x, x};
-}
-static inline VF add(VF a, VF b) {
-  return a + b;
-}
-static inline VF sub(VF a, VF b) {
-  return a - b;
-}
-static inline VF mul(VF a, VF b) {
-  return a * b;
-}
-static inline VF div(VF a, VF b) {
-  return a / b;
-}
-static inline VF vmax(VF a, VF b) {
-  return a > b ? a : b;
-}
-static inline VF vmin(VF a, VF b) {
-  return a < b ? a : b;
-}
-static inline VF fma(VF a, VF b, VF c) {
-  return a * b + c;
-}
-static inline VF vabs(VF a) {
-  return a < 0.0f ? -a : a;
-}
-static inline float reduce_add(VF a) {
-  return (a[0] + a[2]) + (a[1] + a[3]);
-}
-static inline float reduce_max(VF a) {
-  return std::fmax(std::fmax(a[0], a[2]), std::fmax(a[1], a[3]));
-}
-static inline VI iset1(int32_t x) {
-  return VI{x, x, x, x};
-}
-static inline VI iadd(VI a, VI b) {
-  return a + b;
-}
-static inline VI shift_left23(VI a) {
-  return a << 23;
-}
-static inline VF as_float(VI a) {
-  return reinterpret_cast<VF>(a);
-}
-static inline VF to_float(VI a) {
-  return __builtin_convertvector(a, VF);
-}
+static inline void store(float* p, VF v) { std::memcpy(p, &v, 16); }
+static inline VF set1(float x) { return VF{x, x, x, x}; }
+static inline VF add(VF a, VF b) { return a + b; }
+static inline VF sub(VF a, VF b) { return a - b; }
+static inline VF mul(VF a, VF b) { return a * b; }
+static inline VF div(VF a, VF b) { return a / b; }
+static inline VF vmax(VF a, VF b) { return a > b ? a : b; }
+static inline VF vmin(VF a, VF b) { return a < b ? a : b; }
+static inline VF fma(VF a, VF b, VF c) { return a * b + c; }
+static inline VF vabs(VF a) { return a < 0.0f ? -a : a; }
+static inline float reduce_add(VF a) { return (a[0] + a[2]) + (a[1] + a[3]); }
+static inline float reduce_max(VF a) { return std::fmax(std::fmax(a[0], a[2]), std::fmax(a[1], a[3])); }
+static inline VI iset1(int32_t x) { return VI{x, x, x, x}; }
+static inline VI iadd(VI a, VI b) { return a + b; }
+static inline VI shift_left23(VI a) { return a << 23; }
+static inline VF as_float(VI a) { return reinterpret_cast<VF>(a); }
+static inline VI as_int(VF a) { return reinterpret_cast<VI>(a); }
+static inline VF to_float(VI a) { return __builtin_convertvector(a, VF); }
 static inline VI round_to_int(VF a) {  // nearest even, through the addition of 1.5 * 2^23: |a| < 2^22
   const VF magic = set1(12582912.0f);
   return reinterpret_cast<VI>(a + magic) - reinterpret_cast<VI>(magic);
 }
-static inline int32_t reduce_iadd(VI a) {
-  return a[0] + a[1] + a[2] + a[3];
-}
+static inline int32_t reduce_iadd(VI a) { return a[0] + a[1] + a[2] + a[3]; }
 static inline VI load_bytes(const uint8_t* p) {
   VI v;
   std::memcpy(&v, p, 16);
@@ -383,6 +296,11 @@ static inline VF load_i8(const uint8_t* p) {
 }
 static inline VF load_bf16(const uint16_t* p) {
   return VF{float_from_bf16(p[0]), float_from_bf16(p[1]), float_from_bf16(p[2]), float_from_bf16(p[3])};
+}
+static inline VF load_f16(const uint8_t* p) {
+  uint16_t x[4];
+  std::memcpy(x, p, 8);
+  return VF{float_from_f16(x[0]), float_from_f16(x[1]), float_from_f16(x[2]), float_from_f16(x[3])};
 }
 static inline void store_i8(int8_t* p, VI v) {
   for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(v[i]);
@@ -416,15 +334,9 @@ struct Nibbles {
     return load_bytes(bytes);
   }
 };
-static inline void store_bytes(uint8_t* p, VI v) {
-  std::memcpy(p, &v, 16);
-}
-static inline VI bits_and(VI a, uint8_t mask) {
-  return a & static_cast<int32_t>(0x01010101u * mask);
-}
-static inline VI bits_or(VI a, VI b) {
-  return a | b;
-}
+static inline void store_bytes(uint8_t* p, VI v) { std::memcpy(p, &v, 16); }
+static inline VI bits_and(VI a, uint8_t mask) { return a & static_cast<int32_t>(0x01010101u * mask); }
+static inline VI bits_or(VI a, VI b) { return a | b; }
 template <int N>
 static inline VI bits_left(VI a) {
   return a << N;
@@ -493,8 +405,6 @@ static inline VF vexp(VF x) {
   return mul(p, as_float(shift_left23(iadd(n, iset1(127)))));
 }
 
-static inline VF silu(VF x) {
-  return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), x))));
-}
+static inline VF silu(VF x) { return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), x)))); }
 
 }  // namespace llmb::LLMB_ISA
