@@ -166,7 +166,8 @@ void panel(TileArgs t, int rows, int blocks, float* acc) {
   const float* const scales = t.scales;
   const int32_t* const offsets = t.offsets;
   for (int b = 0; b < blocks;) {
-    const int nb = blocks - b >= kBlocks ? kBlocks : 1;
+    // One row is read as one stream of memory, which the prefetcher likes best.
+    const int nb = rows > 1 && blocks - b >= kBlocks ? kBlocks : 1;
     for (int m = 0; m < rows; m += kTileRows) {
       const int n = rows - m < kTileRows ? rows - m : kTileRows;
       t.a = a + m * 4;
@@ -347,23 +348,26 @@ void normalise(const float* x, const float* norm, float r, size_t n, float* y) {
   for (size_t i = 0; i < kSlice; ++i) y[i] = i >= n ? 0.0f : norm ? x[i] * r * norm[i] : x[i];
 }
 
-// One group as int8 with its scale; sums[h] is the sum of half h.
+// One group, rotated, as int8 with its scale; sums[h] is the sum of half h.
 void quantize_group(const float* y, int8_t* q, float* scale, int32_t sums[2]) {
-  VF peak = set1(0.0f);
-  for (int i = 0; i < kGroup; i += kLanes) peak = vmax(peak, vabs(load(y + i)));
+  constexpr int N = kGroup / kLanes;
+  VF v[N];
+  LLMB_UNROLL for (int i = 0; i < N; ++i) v[i] = load(y + i * kLanes);
+  hadamard(v);
+  VF peak = vabs(v[0]);
+  LLMB_UNROLL for (int i = 1; i < N; ++i) peak = vmax(peak, vabs(v[i]));
   const float amax = reduce_max(peak);
   const bool zero = !(amax > 1e-30f);  // all zero, or not a number
   *scale = zero ? 0.0f : amax / 127.0f;
   const VF inverse = set1(zero ? 0.0f : 127.0f / amax);
-  for (int h = 0; h < 2; ++h) {
-    VI sum = iset1(0);
-    for (int i = h * kGroup / 2; i < (h + 1) * kGroup / 2; i += kLanes) {
-      const VI v = round_to_int(mul(load(y + i), inverse));
-      sum = iadd(sum, v);
-      store_i8(q + i, v);
-    }
-    sums[h] = reduce_iadd(sum);
+  VI sum[2] = {iset1(0), iset1(0)};
+  LLMB_UNROLL for (int i = 0; i < N; ++i) {
+    const VI rounded = round_to_int(mul(v[i], inverse));
+    sum[2 * i / N] = iadd(sum[2 * i / N], rounded);
+    store_i8(q + i * kLanes, rounded);
   }
+  sums[0] = reduce_iadd(sum[0]);
+  sums[1] = reduce_iadd(sum[1]);
 }
 
 void activate(const float* const* x, size_t num_rows, const float* norm, float eps, const Activations& out,
@@ -382,16 +386,14 @@ void activate(const float* const* x, size_t num_rows, const float* norm, float e
         alignas(64) int8_t q[kGroup];
         const size_t g = k / kGroup;
         int32_t sums[2];
-        hadamard(y, kGroup);
         quantize_group(y, q, &scales[g * num_rows + m], sums);
         for (size_t h = 0; h < 2; ++h) offsets[(2 * g + h) * num_rows + m] = -128 * sums[h];
         for (size_t s = 0; s < kGroupSteps; ++s)
           std::memcpy(values + ((g * kGroupSteps + s) * num_rows + m) * 4, q + s * 4, 4);
       } else if (out.format == Format::kBF16) {
-        for (size_t i = 0; i < n; i += 2) {
-          const uint16_t pair[2] = {bf16_from_float(y[i]), bf16_from_float(y[i + 1])};
-          std::memcpy(values + ((k + i) / 2 * num_rows + m) * 4, pair, 4);
-        }
+        uint16_t half[kSlice];
+        for (size_t i = 0; i < kSlice; ++i) half[i] = bf16_from_float(y[i]);
+        for (size_t i = 0; i < n; i += 2) std::memcpy(values + ((k + i) / 2 * num_rows + m) * 4, half + i, 4);
       } else {
         for (size_t i = 0; i < n; ++i) std::memcpy(values + ((k + i) * num_rows + m) * 4, y + i, 4);
       }
@@ -460,14 +462,18 @@ void rope(const RopeArgs& args, size_t kv_head) {
 constexpr size_t kMaxHeadDim = 256;
 constexpr size_t kKeyTile = kChunkRows;  // positions whose scores are computed at a time
 
-// One element of a left operand: [columns / e][rows][e], e = 1 (f32) or 2 (bf16).
+// x * factor as one row of a left operand: [columns / e][rows][e], e = 1 (f32) or 2 (bf16).
 template <Format F>
-void put(uint8_t* to, size_t index, size_t rows, size_t row, float x) {
+void put_row(uint8_t* to, const float* x, size_t columns, size_t rows, size_t row, float factor) {
   if constexpr (F == Format::kF32) {
-    std::memcpy(to + (index * rows + row) * 4, &x, 4);
+    for (size_t i = 0; i < columns; ++i) {
+      const float y = x[i] * factor;
+      std::memcpy(to + (i * rows + row) * 4, &y, 4);
+    }
   } else {
-    const uint16_t half = bf16_from_float(x);
-    std::memcpy(to + (index / 2 * rows + row) * 4 + index % 2 * 2, &half, 2);
+    uint16_t half[kKeyTile];
+    for (size_t i = 0; i < columns; ++i) half[i] = bf16_from_float(x[i] * factor);
+    for (size_t i = 0; i < columns; i += 2) std::memcpy(to + (i / 2 * rows + row) * 4, half + i, 4);
   }
 }
 
@@ -511,7 +517,7 @@ void attention_of(const AttentionArgs& args) {
     const size_t token = (args.row_begin + r) / group,
                  head = args.kv_head * group + (args.row_begin + r) % group;
     const float* from = args.qkv + token * args.qkv_stride + head * dim;
-    for (size_t d = 0; d < dim; ++d) put<Format::kF32>(q, d, rows, r, from[d] * args.scale);
+    put_row<Format::kF32>(q, from, dim, rows, r, args.scale);
     running_max[r] = -1e30f;
     running_sum[r] = 0.0f;
     limit[r] = static_cast<long>(args.first_position + token + 1);
@@ -545,7 +551,7 @@ void attention_of(const AttentionArgs& args) {
             float* o = out[c] + r * kChunkRows + i;
             store(o, mul(load(o), set1(factor)));
           }
-      for (size_t j = 0; j < kKeyTile; ++j) put<F>(p, j, rows, r, s[j]);
+      put_row<F>(p, s, kKeyTile, rows, r, 1.0f);
     }
 
     for (size_t done = 0; done < positions;) {

@@ -97,6 +97,7 @@ void bind_plan(nb::module_& m) {
           "attention",
           [](Plan& p, int qkv, size_t layer, std::optional<Floats> q_norm, std::optional<Floats> k_norm,
              float eps, size_t head_dim, float scale, int out) {
+            require(head_dim == p.head_dim(), "head_dim differs from the plan's");
             p.attention(qkv, layer, norm_of(q_norm, eps, head_dim), norm_of(k_norm, eps, head_dim), scale,
                         out);
           },

@@ -13,7 +13,7 @@
 
 // The searches are compiled for each width of vector; without contraction (-ffp-contract=off) all give the
 // same bytes.
-#if defined(__x86_64__) && defined(__linux__)
+#if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_THREAD__)
 #define LLMB_EVERY_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
 #else
 #define LLMB_EVERY_WIDTH

@@ -9,6 +9,10 @@
 namespace llmb {
 namespace {
 
+void require(bool ok, const char* what) {
+  if (!ok) throw std::invalid_argument(what);
+}
+
 size_t padded_rows(size_t n) { return round_up(n, kPanelRows); }
 
 }  // namespace
@@ -258,7 +262,13 @@ int Plan::buffer(size_t width) {
   return static_cast<int>(buffers_.size()) - 1;
 }
 
+size_t Plan::width(int buffer) const {
+  require(buffer >= 0 && static_cast<size_t>(buffer) < widths_.size(), "no such buffer");
+  return widths_[buffer];
+}
+
 void Plan::embed(const void* table, Format format, size_t rows, size_t width, int out) {
+  require(this->width(out) == width, "embed: the buffer is not as wide as the table");
   auto op = std::make_unique<Embed>();
   op->table = table;
   op->format = format;
@@ -284,17 +294,30 @@ void Plan::linear(int in, Norm norm, const std::vector<LinearPart>& parts, Epilo
   op->out = out;
   size_t rows = 0;
   for (const LinearPart& part : parts) {
-    if (part.weight.cols != parts[0].weight.cols ||
-        is_quantized(part.weight.format) != is_quantized(parts[0].weight.format))
-      throw std::invalid_argument("parts of a linear must share their input");
+    require(part.weight.cols == width(in), "linear: the buffer is not as wide as the weight has columns");
+    require(is_quantized(part.weight.format) == is_quantized(parts[0].weight.format) &&
+                (is_quantized(part.weight.format) || part.weight.format == parts[0].weight.format),
+            "linear: parts must take the same activations");
     rows += part.weight.rows;
-    reserve(part.weight);
   }
+  if (epilogue == Epilogue::kSiluMul) {
+    require(parts.size() == 1 && rows % (2 * kBlockRows) == 0 && width(out) <= rows / 2 &&
+                round_up(width(out), kBlockRows) == rows / 2,
+            "linear: silu_mul takes one weight of gate and up in whole blocks, twice as many rows as the "
+            "buffer is wide");
+  } else {
+    require(out < 0 || width(out) == rows, "linear: the buffer is not as wide as the weights have rows");
+  }
+  for (const LinearPart& part : parts) reserve(part.weight);
   for (const LinearPart& part : parts) op->add(part, epilogue, out < 0 ? rows : widths_[out]);
   ops_.push_back(std::move(op));
 }
 
 void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scale, int out) {
+  require(layer < cache_.layers, "attention: no such layer");
+  require(width(qkv) == (heads_.heads + 2 * heads_.kv_heads) * heads_.head_dim &&
+              width(out) == heads_.heads * heads_.head_dim,
+          "attention: the buffers do not fit the heads");
   auto op = std::make_unique<Attention>();
   op->qkv = qkv;
   op->layer = layer;

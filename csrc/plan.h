@@ -79,6 +79,7 @@ class Plan {
   struct Context;
   struct AttentionItem;
 
+  size_t width(int buffer) const;
   void check(const Step& step) const;
   void plan_attention(const Step& step);
   void reserve(const Weight& weight);

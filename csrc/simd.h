@@ -18,11 +18,12 @@ namespace llmb::LLMB_ISA {
 // Before a loop over the accumulators of a tile: they must become registers.
 #define LLMB_UNROLL _Pragma("GCC unroll 32")
 
+// Nearest even. A NaN stays one; without a branch, so that loops vectorise.
 static inline uint16_t bf16_from_float(float x) {
   uint32_t bits;
   std::memcpy(&bits, &x, 4);
-  if ((bits & 0x7fffffffu) > 0x7f800000u) return static_cast<uint16_t>((bits >> 16) | 0x40);  // quiet NaN
-  return static_cast<uint16_t>((bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16);                 // nearest even
+  const uint32_t rounded = (bits + 0x7fffu + ((bits >> 16) & 1u)) >> 16, quiet = (bits >> 16) | 0x40u;
+  return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
 // Nearest even; beyond float16's largest: its largest.
@@ -366,24 +367,22 @@ static inline VF butterfly(VF v, std::integer_sequence<int, I...>) {
   return fma(v, sign, (VF)__builtin_shufflevector(v, v, (I ^ H)...));
 }
 
-// The Walsh-Hadamard transform of n floats in place, not normalised; n is a power of two and a multiple of
-// kLanes. Sums and differences are rounded alike on every instruction set.
-static inline void hadamard(float* x, int n) {
+// The Walsh-Hadamard transform of the N vectors' elements, in place, not normalised. Sums and differences are
+// rounded alike on every instruction set.
+template <int N>
+static inline void hadamard(VF (&v)[N]) {
   constexpr auto lanes = std::make_integer_sequence<int, kLanes>{};
-  for (int i = 0; i < n; i += kLanes) {
-    VF v = butterfly<1>(load(x + i), lanes);
-    v = butterfly<2>(v, lanes);
-    if constexpr (kLanes > 4) v = butterfly<4>(v, lanes);
-    if constexpr (kLanes > 8) v = butterfly<8>(v, lanes);
-    store(x + i, v);
+  LLMB_UNROLL for (int i = 0; i < N; ++i) {
+    v[i] = butterfly<2>(butterfly<1>(v[i], lanes), lanes);
+    if constexpr (kLanes > 4) v[i] = butterfly<4>(v[i], lanes);
+    if constexpr (kLanes > 8) v[i] = butterfly<8>(v[i], lanes);
   }
-  for (int h = kLanes; h < n; h *= 2)
-    for (int i = 0; i < n; i += kLanes)
-      if (!(i & h)) {
-        const VF a = load(x + i), b = load(x + i + h);
-        store(x + i, add(a, b));
-        store(x + i + h, sub(a, b));
-      }
+  LLMB_UNROLL for (int h = 1; h < N; h *= 2) LLMB_UNROLL for (int i = 0; i < N; ++i) {
+    if (i & h) continue;
+    const VF a = v[i], b = v[i + h];
+    v[i] = add(a, b);
+    v[i + h] = sub(a, b);
+  }
 }
 
 // exp(x) to about 2 units in the last place for x in [-87, 88]; below, exactly zero is not needed: it

@@ -29,10 +29,17 @@ void wait_until_changed(const std::atomic<uint32_t>& value, uint32_t old, int sp
 }  // namespace
 
 ThreadPool::ThreadPool(int num_threads) : num_threads_(num_threads) {
-  for (int t = 1; t < num_threads; ++t) threads_.emplace_back([this, t] { worker(t); });
+  try {
+    for (int t = 1; t < num_threads; ++t) threads_.emplace_back([this, t] { worker(t); });
+  } catch (...) {  // the system has no more threads to give
+    stop();
+    throw;
+  }
 }
 
-ThreadPool::~ThreadPool() {
+ThreadPool::~ThreadPool() { stop(); }
+
+void ThreadPool::stop() {
   stopping_ = true;
   epoch_.fetch_add(1, std::memory_order_release);
   epoch_.notify_all();

@@ -26,6 +26,7 @@ class ThreadPool {
 
  private:
   void worker(int thread);
+  void stop();
 
   const int num_threads_;
   const std::function<void(int)>* work_ = nullptr;
