@@ -166,8 +166,7 @@ void panel(TileArgs t, int rows, int blocks, float* acc) {
   const float* const scales = t.scales;
   const int32_t* const offsets = t.offsets;
   for (int b = 0; b < blocks;) {
-    // One row is read as one stream of memory, which the prefetcher likes best.
-    const int nb = rows > 1 && blocks - b >= kBlocks ? kBlocks : 1;
+    const int nb = blocks - b >= kBlocks ? kBlocks : 1;
     for (int m = 0; m < rows; m += kTileRows) {
       const int n = rows - m < kTileRows ? rows - m : kTileRows;
       t.a = a + m * 4;
