@@ -397,10 +397,10 @@ void pack_matrix(Format format, const MatrixPart* parts, size_t num_parts, bool 
     for (size_t b; (b = next++) < rows.blocks();)
       bad += pack_block(format, rows.block(b), cols, tile, scales, out + b * block_bytes(format, cols));
   };
-  std::vector<std::thread> others;
+  std::vector<std::jthread> others;  // join themselves, also when one more cannot start
   for (int i = 1; i < num_threads; i++) others.emplace_back(work);
   work();
-  for (std::thread& other : others) other.join();
+  others.clear();
   if (bad) throw std::invalid_argument(std::to_string(bad) + " weights are NaN or infinite");
 }
 

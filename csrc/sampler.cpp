@@ -343,11 +343,10 @@ void Sampler::sample(const float* logits, std::vector<SamplingTask>& tasks) {
           sampler.sample(logits + i * vocab_, *t.row, t.tokens, t.num_tokens, t.top_ids, t.top_logprobs);
     }
   };
-  std::vector<std::thread> helpers;
+  std::vector<std::jthread> helpers;  // join themselves, also when one more cannot start
   const size_t workers = std::min(samplers_.size(), tasks.size() / kRowsAThread);
   for (size_t i = 1; i < workers; ++i) helpers.emplace_back(work, std::ref(samplers_[i]));
   work(samplers_[0]);
-  for (std::thread& helper : helpers) helper.join();
 }
 
 }  // namespace llmb

@@ -68,6 +68,10 @@ class Checkpoint(Protocol):
         """Changes when the files do (names, sizes, modification times, headers); reads no tensor."""
         ...
 
+    def forget(self) -> None:
+        """Drops what has been read from this process's memory; it can be read again, arrays stay valid."""
+        ...
+
     def close(self) -> None: ...
 
 

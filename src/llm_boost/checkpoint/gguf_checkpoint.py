@@ -87,6 +87,10 @@ class GGUFCheckpoint:
         digest.update(self._file.header().tobytes())
         return digest.hexdigest()
 
+    def forget(self) -> None:
+        """See Checkpoint.forget."""
+        self._file.forget()
+
     def close(self) -> None:
         """Lets go of the file; arrays already read stay valid."""
         self._file.close()

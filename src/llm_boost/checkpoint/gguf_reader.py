@@ -21,7 +21,7 @@ from numpy.typing import NDArray
 
 from llm_boost.checkpoint.fields import shown
 from llm_boost.checkpoint.gguf_quants import BLOCK_TYPES, dequantize
-from llm_boost.checkpoint.safetensors_reader import MAX_DIM, map_bytes
+from llm_boost.checkpoint.safetensors_reader import MAX_DIM, drop_pages, map_bytes
 from llm_boost.errors import CheckpointError
 
 VERSIONS = (2, 3)
@@ -102,6 +102,10 @@ class GGUFFile:
         if tensor.type in BLOCK_TYPES:
             return dequantize(data, BLOCK_TYPES[tensor.type]).reshape(shape)
         return data.view(FLOAT_TYPES[tensor.type]).reshape(shape)
+
+    def forget(self) -> None:
+        """See Checkpoint.forget."""
+        drop_pages(self._map())
 
     def close(self) -> None:
         """Lets go of the map; arrays already read stay valid."""

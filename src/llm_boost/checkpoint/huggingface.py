@@ -32,6 +32,8 @@ class Shard(Protocol):
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]: ...
 
+    def forget(self) -> None: ...
+
     def close(self) -> None: ...
 
 
@@ -81,6 +83,11 @@ class HuggingFaceCheckpoint:
             if isinstance(shard, SafetensorsFile):
                 digest.update(shard.header)
         return digest.hexdigest()
+
+    def forget(self) -> None:
+        """See Checkpoint.forget."""
+        for shard in self._shards:
+            shard.forget()
 
     def close(self) -> None:
         """Lets go of the files; arrays already read stay valid."""

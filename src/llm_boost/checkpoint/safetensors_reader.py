@@ -8,6 +8,7 @@ where no byte is without its tensor.
 from __future__ import annotations
 
 import math
+import mmap
 import os
 from dataclasses import dataclass
 from pathlib import Path
@@ -98,6 +99,11 @@ class SafetensorsFile:
             stop - start, *entry.shape[1:]
         )
 
+    def forget(self) -> None:
+        """See Checkpoint.forget."""
+        if self._bytes is not None:
+            drop_pages(self._bytes)
+
     def close(self) -> None:
         """Lets go of the map; arrays already read stay valid."""
         self._bytes = None
@@ -112,6 +118,12 @@ def map_bytes(path: Path) -> NDArray[np.uint8]:
             return np.memmap(file, dtype=np.uint8, mode="r")
     except OSError as error:
         raise CheckpointError(f"{path}: cannot be read ({error.strerror})") from None
+
+
+def drop_pages(mapped: NDArray[np.uint8]) -> None:
+    """Takes the pages of `map_bytes`' map out of this process's memory; who reads one again gets it again."""
+    pages: Any = mapped.base
+    pages.madvise(mmap.MADV_DONTNEED)
 
 
 def _typed(data: NDArray[np.uint8], dtype: np.dtype[Any]) -> NDArray[Any]:

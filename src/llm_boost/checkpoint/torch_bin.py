@@ -53,6 +53,9 @@ class TorchFile:
         """Rows [start, stop) of the first dimension."""
         return self._numpy(self._state[name][start:stop])
 
+    def forget(self) -> None:
+        """Nothing: torch holds the file's map."""
+
     def close(self) -> None:
         """Lets go of the file; arrays already read stay valid."""
         self._state = {}

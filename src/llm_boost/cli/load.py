@@ -6,6 +6,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 from llm_boost.cli.options import note
+from llm_boost.cli.progress import LoadProgress
 from llm_boost.config.locations import find_model
 
 if TYPE_CHECKING:
@@ -26,19 +27,21 @@ def build_llm(resolved: Resolved) -> LLM:
         overrides = {}
     from llm_boost import LLM
 
-    return LLM(
-        model=path,
-        dtype=config.dtype,
-        max_model_len=config.seq_length,
-        threads=config.threads,
-        seed=config.seed,
-        cache_dir=config.cache_dir,
-        block_size=config.block_size,
-        num_blocks=config.num_blocks,
-        vocab_file=config.vocab_file,
-        merges_file=config.merges_file,
-        tokenizer_overrides=overrides or None,
-    )
+    with LoadProgress() as bar:
+        return LLM(
+            model=path,
+            dtype=config.dtype,
+            max_model_len=config.seq_length,
+            threads=config.threads,
+            seed=config.seed,
+            cache_dir=config.cache_dir,
+            block_size=config.block_size,
+            num_blocks=config.num_blocks,
+            vocab_file=config.vocab_file,
+            merges_file=config.merges_file,
+            tokenizer_overrides=overrides or None,
+            progress=lambda done, total: bar(done, total, "packing the weights"),
+        )
 
 
 def _check_against_checkpoint(yaml_config: LlmBoostYaml, path: Path) -> None:

@@ -17,6 +17,7 @@ from llm_boost.errors import ConfigError, EngineError, RequestError
 
 if TYPE_CHECKING:
     from llm_boost import LLM, RequestOutput, SamplingParams
+    from llm_boost.config.llm_boost_yaml import LlmBoostYaml
     from llm_boost.config.run_config import Resolved, RunConfig
     from llm_boost.engine.prompts import Prompt as EnginePrompt
 
@@ -144,15 +145,20 @@ class _Request(NamedTuple):
 
 
 def _resolve(config_path: str | None, flags: dict[str, Any]) -> Resolved:
-    from llm_boost.config.llm_boost_yaml import read_llm_boost_yaml
     from llm_boost.config.run_config import resolve
 
     flags["stop"] = flags["stop"] or None
     flags["ignore_eos"] = flags["ignore_eos"] or None
-    resolved = resolve(flags, read_llm_boost_yaml(config_path) if config_path else None)
+    resolved = resolve(flags, _read_yaml(config_path) if config_path else None)
     for line in resolved.notes:
         note(f"note: {line}")
     return resolved
+
+
+def _read_yaml(path: str) -> LlmBoostYaml:
+    from llm_boost.config.llm_boost_yaml import read_llm_boost_yaml
+
+    return read_llm_boost_yaml(path)
 
 
 def _wanted_prompts(

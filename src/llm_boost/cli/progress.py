@@ -26,7 +26,8 @@ class LoadProgress:
             from rich.console import Console
             from rich.progress import Progress
 
-            self._bar = Progress(console=Console(stderr=True), transient=True)
+            console = Console(stderr=True)
+            self._bar = Progress(console=console, transient=True, disable=not console.is_terminal)
             self._task = self._bar.add_task(what, total=total)
             self._bar.start()
         self._bar.update(self._task, completed=done, total=total, description=what)

@@ -6,13 +6,15 @@ import os
 from collections.abc import Mapping
 from dataclasses import dataclass, field
 from pathlib import Path
-from typing import Annotated, Any, Literal, NamedTuple, get_args
+from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
-from llm_boost.config.llm_boost_yaml import LlmBoostYaml
 from llm_boost.config.locations import cache_folder
 from llm_boost.errors import ConfigError
+
+if TYPE_CHECKING:
+    from llm_boost.config.llm_boost_yaml import LlmBoostYaml  # a run without a YAML file does not wait for it
 
 ENVIRONMENT = {  # variable: field
     "LLM_BOOST_MODEL": "model",

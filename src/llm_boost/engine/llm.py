@@ -58,6 +58,7 @@ def load_parts(
 ) -> Parts:
     """Opens the checkpoint; loads configuration, tokenizer and weights, the cheap before the expensive."""
     from llm_boost.checkpoint import open_checkpoint
+    from llm_boost.engine.hardware import release_free_memory
     from llm_boost.engine.native_runner import NativeRunner
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer, load_tokenizer
@@ -75,6 +76,7 @@ def load_parts(
             merges_file=None if merges_file is None else Path(merges_file),
             overrides=tokenizer_overrides,
         )
+    release_free_memory()
     runner = NativeRunner.load(checkpoint, model_config, **runner_options)
     return Parts(runner, tokenizer, model_config, checkpoint.generation_config)
 

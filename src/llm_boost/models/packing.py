@@ -37,6 +37,7 @@ def pack_entries(
         yield PackedEntry(
             planned.name, _pack(checkpoint, spec, planned.meta["format"], threads), planned.meta
         )
+        checkpoint.forget()  # or the whole checkpoint would be in memory by the end
 
 
 def _planned(checkpoint: Checkpoint, spec: WeightSpec, dtype: str) -> PlannedEntry:
@@ -71,7 +72,8 @@ def _padded_rows(checkpoint: Checkpoint, part: str, spec: Matrix | Vector) -> in
 
 def _pack(checkpoint: Checkpoint, spec: WeightSpec, fmt: str, threads: int) -> NDArray[np.uint8]:
     if isinstance(spec, Table):
-        table = checkpoint.read(spec.part).astype(np.float32 if fmt == "float32" else ml_dtypes.bfloat16)
+        dtype = np.float32 if fmt == "float32" else ml_dtypes.bfloat16
+        table = checkpoint.read(spec.part).astype(dtype, copy=False)
         return np.ascontiguousarray(table).view(np.uint8).reshape(-1)
     if isinstance(spec, Vector):
         return _vector(checkpoint, spec).view(np.uint8)
