@@ -62,6 +62,8 @@ def load(yaml_config, **flags):
 
 def test_the_engine_is_asked_for_what_the_file_and_the_flags_say(asked, checkpoint, yaml_config, tmp_path):
     load(yaml_config, model=str(checkpoint), dtype="int8", threads=2, seed=5, cache_dir=str(tmp_path))
+    progress = asked[0].pop("progress")
+    assert callable(progress)
     assert asked == [
         {
             "model": checkpoint, "dtype": "int8", "max_model_len": 64, "threads": 2, "seed": 5,
@@ -84,13 +86,14 @@ def test_without_a_file_the_checkpoint_is_left_to_the_engine(asked, checkpoint):
     assert asked[0]["max_model_len"] is None
 
 
-def test_a_gguf_keeps_its_own_tokenizer(asked, checkpoint, yaml_config, monkeypatch, capsys):
+def test_a_gguf_keeps_its_own_tokenizer(asked, checkpoint, yaml_config, monkeypatch):
     monkeypatch.setattr("llm_boost.cli.load._check_against_checkpoint", lambda yaml_config, path: None)
     gguf = checkpoint / "model.gguf"
     gguf.touch()
-    load(yaml_config, model=str(gguf))
+    resolved = resolve({"model": str(gguf)}, yaml_config, {})
+    build_llm(resolved)
     assert asked[0]["tokenizer_overrides"] is None
-    assert "without effect: the GGUF file holds its own tokenizer" in capsys.readouterr().err
+    assert "without effect: the GGUF file holds its own tokenizer" in resolved.notes[-1]
 
 
 def test_a_directory_without_a_model(asked, tmp_path):
