@@ -120,6 +120,6 @@ def _from_json(where: str, line: str) -> Prompt:
             )
         if not isinstance(message["content"], str | list | None):
             raise RequestError(
-                f"{where}: messages: content: got {str(message['content'])[:80]}, allowed: text, or a list of parts"
+                f"{where}: messages: content: got {str(message['content'])[:80]}, allowed: text or a list"
             )
     return Prompt(where, messages=tuple(messages), sampling=sampling)
