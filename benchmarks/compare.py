@@ -1,11 +1,12 @@
 """Speed of the built-in engine beside other engines, in one run, taking turns: ours, theirs, ours, theirs.
 
-A worker process an engine holds its model and runs one repetition when asked, so that drift of the machine falls
-on all alike; ratios are taken repetition by repetition. Other engines live in environments of their own:
+A worker process an engine holds its model and runs one repetition when asked, so that drift of the machine
+falls on all alike; ratios are taken repetition by repetition. Other engines live in environments of their own:
 
     python benchmarks/compare.py builtin:int4=DIR builtin:int8=DIR llama_cpp=FILE.gguf@/path/to/python
 
-Each argument is ENGINE[:DTYPE]=MODEL[@PYTHON]. Prints a table, ratios to the first engine, and one JSON object.
+Each argument is ENGINE[:DTYPE]=MODEL[@PYTHON]. Prints a table with ratios to the first engine,
+and one JSON object.
 """
 
 from __future__ import annotations
@@ -29,13 +30,15 @@ class Worker:
     rows: list[dict[str, float]]
 
     def ask(self) -> None:
-        assert self.process.stdin and self.process.stdout
+        assert self.process.stdin is not None
+        assert self.process.stdout is not None
         self.process.stdin.write("run\n")
         self.process.stdin.flush()
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.label}: the worker ended with code {self.process.wait()}")
         self.rows.append(json.loads(line))
+        print(f"{self.label}: {line.strip()}", file=sys.stderr)
 
     def median(self, name: str) -> float:
         return statistics.median(row[name] for row in self.rows)
@@ -83,7 +86,9 @@ def main() -> None:
     parser.add_argument("engines", nargs="+", metavar="ENGINE[:DTYPE]=MODEL[@PYTHON]")
     parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: 512)")
     parser.add_argument("--new", type=int, default=64, help="tokens decoded (default: 64)")
-    parser.add_argument("--batch", type=int, default=16, help="sequences of 128 + 64 tokens (default: 16; 0: none)")
+    parser.add_argument(
+        "--batch", type=int, default=16, help="sequences of 128 + 64 tokens (default: 16; 0: none)"
+    )
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--repeat", type=int, default=5)
     options = parser.parse_args()

@@ -10,7 +10,13 @@ from llm_boost import LLM, SamplingParams
 
 model, dtype, *numbers = sys.argv[1:]
 prompt, new, batch, threads = map(int, numbers)
-llm = LLM(model, dtype=dtype or "auto", threads=threads, max_model_len=max(prompt + new + 8, 256), max_num_seqs=max(batch, 1))
+llm = LLM(
+    model,
+    dtype=dtype or "auto",
+    threads=threads,
+    max_model_len=max(prompt + new + 8, 256),
+    max_num_seqs=max(batch, 1),
+)
 rng = np.random.default_rng(0)
 
 
@@ -26,7 +32,10 @@ for _ in sys.stdin:
     (single,) = llm.generate(prompts(1, prompt), greedy(new + 1))
     metrics = single.metrics
     prefill = metrics.first_token_time - metrics.arrival_time
-    row = {f"pp{prompt}": prompt / prefill, f"tg{new}": new / (metrics.finished_time - metrics.first_token_time)}
+    row = {
+        f"pp{prompt}": prompt / prefill,
+        f"tg{new}": new / (metrics.finished_time - metrics.first_token_time),
+    }
     if batch:
         start = time.perf_counter()
         llm.generate(prompts(batch, 128), greedy(64))

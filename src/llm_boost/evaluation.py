@@ -83,7 +83,7 @@ def evaluate(
     token_ids: Sequence[int],
     protocol: Protocol,
     reference: ModelRunner | None = None,
-    progress: Callable[[int, int, str], None] | None = None,
+    progress: Callable[[int, int], None] | None = None,
 ) -> Quality:
     """Scores `token_ids` on `runner` and, step by step beside it, on `reference`.
 
@@ -101,7 +101,7 @@ def evaluate(
     loss, reference_loss, divergence, same = _Mean(), _Mean(), _Mean(), _Mean()
     for done, (start, end, scored_from) in enumerate(spans):
         if progress is not None:
-            progress(done, len(spans), "evaluating")
+            progress(done, len(spans))
         ids, first_target = list(token_ids[start:end]), scored_from - start
         if protocol.bos is not None:
             ids, first_target = [protocol.bos, *ids], first_target + 1

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import string
 from types import SimpleNamespace
 
@@ -40,7 +41,7 @@ class FakeRunner:
 
 
 class FakeLLM:
-    weight_bytes, threads, isa, max_model_len = 123_000_000, 2, "avx2", 1024
+    weight_bytes, threads, isa, dtype, max_model_len = 123_000_000, 2, "avx2", "bfloat16", 1024
 
     def __init__(self):
         self.tokenizer = FakeTokenizer()
@@ -94,7 +95,9 @@ def llm(monkeypatch):
 
     def build_llm(resolved):
         fake.resolved.append(resolved)
-        return fake
+        loaded = copy.copy(fake)
+        loaded.dtype = {"auto": "bfloat16"}.get(resolved.config.dtype, resolved.config.dtype)
+        return loaded
 
     for verb in ("predict", "eval"):
         monkeypatch.setattr(f"llm_boost.cli.{verb}.build_llm", build_llm)

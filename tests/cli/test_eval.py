@@ -25,7 +25,7 @@ def test_perplexity_and_protocol(run, llm, text):
     assert out.splitlines() == [
         f"text: {text}, 900 tokens scored",
         "protocol: context 64, stride 63, 15 windows, BOS (token 0) before each window",
-        f"perplexity (auto): {expected.perplexity:.4f} +- {expected.perplexity_error:.4f}",
+        f"perplexity (bfloat16): {expected.perplexity:.4f} +- {expected.perplexity_error:.4f}",
     ]
     assert llm.resolved[0].config.seq_length == 64
 

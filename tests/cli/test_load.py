@@ -10,7 +10,6 @@ from safetensors.numpy import save_file
 
 import llm_boost
 from llm_boost.cli.load import build_llm
-from llm_boost.cli.progress import LoadProgress
 from llm_boost.config.llm_boost_yaml import read_llm_boost_yaml
 from llm_boost.config.run_config import resolve
 from llm_boost.errors import CheckpointError, ConfigError
@@ -63,7 +62,8 @@ def load(yaml_config, **flags):
 
 def test_the_engine_is_asked_for_what_the_file_and_the_flags_say(asked, checkpoint, yaml_config, tmp_path):
     load(yaml_config, model=str(checkpoint), dtype="int8", threads=2, seed=5, cache_dir=str(tmp_path))
-    assert callable(asked[0].pop("progress"))
+    progress = asked[0].pop("progress")
+    assert callable(progress)
     assert asked == [
         {
             "model": checkpoint, "dtype": "int8", "max_model_len": 64, "threads": 2, "seed": 5,
@@ -86,41 +86,14 @@ def test_without_a_file_the_checkpoint_is_left_to_the_engine(asked, checkpoint):
     assert asked[0]["max_model_len"] is None
 
 
-def test_packing_shows_its_progress(asked, checkpoint, monkeypatch):
-    shown = []
-
-    class Bar(LoadProgress):
-        def __call__(self, done, total, what):
-            shown.append((done, total, what))
-
-    monkeypatch.setattr("llm_boost.cli.load.LoadProgress", Bar)
-    load(None, model=str(checkpoint))
-    asked[0]["progress"](3, 9)
-    assert shown == [(3, 9, "packing the weights")]
-
-
-@pytest.mark.parametrize(("terminal", "shown"), [(True, True), (False, False)])
-def test_a_bar_is_for_terminals(monkeypatch, capsys, terminal, shown):
-    for name in ("FORCE_COLOR", "TTY_COMPATIBLE"):
-        monkeypatch.delenv(name, raising=False)
-    if terminal:
-        monkeypatch.setenv("FORCE_COLOR", "1")  # rich takes it for a terminal
-    monkeypatch.setattr("llm_boost.cli.progress.PATIENCE_SECONDS", 0.0)
-    with LoadProgress() as progress:
-        progress(1, 2, "packing")
-    captured = capsys.readouterr()
-    assert captured.out == ""
-    assert ("packing" in captured.err) == shown
-    assert shown or captured.err == ""
-
-
-def test_a_gguf_keeps_its_own_tokenizer(asked, checkpoint, yaml_config, monkeypatch, capsys):
+def test_a_gguf_keeps_its_own_tokenizer(asked, checkpoint, yaml_config, monkeypatch):
     monkeypatch.setattr("llm_boost.cli.load._check_against_checkpoint", lambda yaml_config, path: None)
     gguf = checkpoint / "model.gguf"
     gguf.touch()
-    load(yaml_config, model=str(gguf))
+    resolved = resolve({"model": str(gguf)}, yaml_config, {})
+    build_llm(resolved)
     assert asked[0]["tokenizer_overrides"] is None
-    assert "without effect: the GGUF file holds its own tokenizer" in capsys.readouterr().err
+    assert "without effect: the GGUF file holds its own tokenizer" in resolved.notes[-1]
 
 
 def test_a_directory_without_a_model(asked, tmp_path):

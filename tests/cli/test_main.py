@@ -25,7 +25,7 @@ def test_help_without_arguments(run):
         assert "doctor" in out
 
 
-@pytest.mark.parametrize("verb", ["predict", "pull", "eval"])
+@pytest.mark.parametrize("verb", ["predict", "pull", "eval", "doctor"])
 def test_every_verbs_help_has_examples(run, verb):
     code, out, _ = run(verb, "--help")
     assert code == 0

@@ -105,14 +105,14 @@ def test_dtype_names(given, dtype):
         ({"max_new_tokens": 0}, {}, "--max_new_tokens: got 0, allowed: greater than or equal to 1"),
         ({"batch_size": 0}, {}, "--batch_size: got 0"),
         ({"threads": 0}, {}, "--threads: got 0"),
-        ({"stop": ("",)}, {}, "--stop: got ('',)"),
+        ({"stop": ("",)}, {}, "--stop: got '', allowed: text, not empty"),
         (
             {"dtype": "int3"},
             {},
             "--dtype: got 'int3', allowed: auto, float32 (fp32), bfloat16 (bf16), int8, int4",
         ),
         ({"dtype": "float16"}, {}, "--dtype: got 'float16', allowed: "),
-        ({}, {"LLM_BOOST_THREADS": "many"}, "LLM_BOOST_THREADS: got 'many', allowed: a valid integer"),
+        ({}, {"LLM_BOOST_THREADS": "many"}, "LLM_BOOST_THREADS: got 'many', allowed: an integer"),
         ({}, {"LLM_BOOST_DTYPE": "int3"}, "LLM_BOOST_DTYPE: got 'int3', allowed: "),
         (
             {"vocab_file": "/nowhere/vocab.json"},

@@ -234,7 +234,7 @@ def about_software(cache: Path) -> list[Finding]:
     lacking = [f"{name} ({use})" for name, use in OPTIONAL.items() if name not in extras]
     existing = next(folder for folder in (cache, *cache.absolute().parents) if folder.exists())
     free = shutil.disk_usage(existing).free
-    writable = os.access(existing, os.W_OK)
+    writable = existing.is_dir() and os.access(existing, os.W_OK)
     room = free * 8 / PACKED_BITS["int8"] / GB
     return [
         Finding(
@@ -296,7 +296,14 @@ def examine(cache: Path) -> list[Finding]:
     ]
 
 
-@click.command("doctor")
+_EXAMPLES = """\b
+Examples:
+  llm-boost doctor
+  llm-boost doctor --json > machine.json
+"""
+
+
+@click.command("doctor", epilog=_EXAMPLES)
 @click.option("--json", "as_json", is_flag=True, help="One JSON object: bytes, bytes/s and operations/s.")
 @click.option("--cache_dir", metavar="DIR", help="Cache folder to look at (default: ~/.cache/llm-boost).")
 def doctor_command(as_json: bool, cache_dir: str | None) -> None:

@@ -11,7 +11,7 @@ import click
 
 from llm_boost.cli.load import build_llm
 from llm_boost.cli.options import model_options
-from llm_boost.cli.progress import LoadProgress
+from llm_boost.cli.progress import ProgressBar
 from llm_boost.errors import RequestError
 
 if TYPE_CHECKING:
@@ -29,7 +29,14 @@ Examples:
 @model_options
 @click.option("--file", "text_file", required=True, metavar="TEXT", help="The text, in UTF-8.")
 @click.option("--reference_dtype", metavar="TYPE", help="Compare with the model at this dtype.")
-@click.option("--context", type=int, default=512, show_default=True, metavar="N", help="Tokens of a window.")
+@click.option(
+    "--context",
+    type=click.IntRange(min=1),
+    default=512,
+    show_default=True,
+    metavar="N",
+    help="Tokens of a window.",
+)
 @click.option("--stride", type=int, metavar="N", help="Tokens from window to window (default: no overlap).")
 @click.option(
     "--max_tokens", type=click.IntRange(min=1), metavar="N", help="Use the text's first N tokens only."
@@ -58,7 +65,7 @@ def eval_command(
     token_ids, bos = _tokens(llm.tokenizer, text)
     span = context - (bos is not None)
     protocol = Protocol(context=context, stride=span if stride is None else stride, bos=bos)
-    with LoadProgress() as progress:
+    with ProgressBar("evaluating", unit="windows") as progress:
         quality = evaluate(
             llm.engine.runner,
             token_ids[:max_tokens],
@@ -66,7 +73,7 @@ def eval_command(
             reference.engine.runner if reference else None,
             progress,
         )
-    report = _report(text_file, resolved.config.dtype, reference_dtype, protocol, quality)
+    report = _report(text_file, llm.dtype, reference.dtype if reference else None, protocol, quality)
     click.echo(json.dumps(report) if as_json else _lines(report))
 
 

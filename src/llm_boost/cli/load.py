@@ -5,8 +5,7 @@ from __future__ import annotations
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from llm_boost.cli.options import note
-from llm_boost.cli.progress import LoadProgress
+from llm_boost.cli.progress import ProgressBar
 from llm_boost.config.locations import find_model
 
 if TYPE_CHECKING:
@@ -16,18 +15,23 @@ if TYPE_CHECKING:
 
 
 def build_llm(resolved: Resolved) -> LLM:
-    """Loads the model that the configuration names; raises CheckpointError or ConfigError."""
+    """Loads the model that the configuration names; raises CheckpointError or ConfigError.
+
+    What the user should know of the choice of a tokenizer is added to `resolved.notes`.
+    """
     config = resolved.config
     path = find_model(config.model, config.cache_dir)
     if resolved.yaml is not None:
         _check_against_checkpoint(resolved.yaml, path)
     overrides = config.tokenizer_overrides
     if overrides and path.suffix == ".gguf" and config.vocab_file is None and config.merges_file is None:
-        note("note: processor.tokenizer of the YAML is without effect: the GGUF file holds its own tokenizer")
+        resolved.notes.append(
+            "processor.tokenizer of the YAML is without effect: the GGUF file holds its own tokenizer"
+        )
         overrides = {}
     from llm_boost import LLM
 
-    with LoadProgress() as bar:
+    with ProgressBar("packing weights") as progress:
         return LLM(
             model=path,
             dtype=config.dtype,
@@ -40,7 +44,7 @@ def build_llm(resolved: Resolved) -> LLM:
             vocab_file=config.vocab_file,
             merges_file=config.merges_file,
             tokenizer_overrides=overrides or None,
-            progress=lambda done, total: bar(done, total, "packing the weights"),
+            progress=progress,
         )
 
 

@@ -2,14 +2,18 @@
 
 from __future__ import annotations
 
+import io
 import os
 import sys
 import traceback
+import warnings
 from collections.abc import Sequence
 from importlib import import_module
+from typing import Any
 
 import click
 
+from llm_boost.cli.options import note
 from llm_boost.errors import LLMBoostError
 from llm_boost.suggest import did_you_mean
 
@@ -64,6 +68,7 @@ def _show_version(context: click.Context, parameter: click.Parameter, wanted: bo
 @click.group(
     cls=_LazyGroup,
     epilog=_EPILOG,
+    subcommand_metavar="VERB [ARGS]...",
     context_settings={
         "help_option_names": ["-h", "--help"],
         # --predict_data and --predict-data are the same flag
@@ -85,6 +90,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     """Runs the command line and returns its exit code: 0, 1 failed, 2 wrong input, 130 interrupted."""
     args = list(sys.argv[1:] if argv is None else argv)
     debug = _take_debug(args)
+    _prepare_streams()
+    with warnings.catch_warnings():
+        warnings.showwarning = _note_warning
+        return _run(args, debug)
+
+
+def _run(args: list[str], debug: bool) -> int:
     try:
         with cli.make_context("llm-boost", args or ["--help"]) as context:
             cli.invoke(context)
@@ -102,9 +114,25 @@ def main(argv: Sequence[str] | None = None) -> int:
         return _report(error.format_message(), error.exit_code, debug)
     except LLMBoostError as error:
         return _report(str(error), error.exit_code, debug)
+    except OSError as error:
+        where = error.filename or "input or output"
+        return _report(f"{where}: {error.strerror or error}", 1, debug)
     except Exception as error:
         hint = "" if debug else " (run again with --debug for the traceback)"
         return _report(f"{type(error).__name__}: {error}{hint}", 1, debug)
+
+
+def _prepare_streams() -> None:
+    """A closed stream is one that nobody reads; a character that a terminal lacks is shown as `?`."""
+    sys.stdout = sys.stdout or open(os.devnull, "w")  # noqa: SIM115 - it lives as long as the process
+    sys.stderr = sys.stderr or open(os.devnull, "w")  # noqa: SIM115
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="replace")
+
+
+def _note_warning(message: Warning | str, *where: Any, **line: Any) -> None:
+    """A warning is for the user, who has no use for the line of code that it came from."""
+    note(f"warning: {' '.join(str(message).split())}")
 
 
 def _take_debug(args: list[str]) -> bool:

@@ -11,7 +11,7 @@ import click
 
 from llm_boost.cli.load import build_llm
 from llm_boost.cli.options import BOOL_TEXT, model_options, note
-from llm_boost.cli.prompts import Prompt, check_not_empty, read_prompt_file
+from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
 from llm_boost.cli.throughput import decode_speed, print_throughput
 from llm_boost.errors import ConfigError, EngineError, RequestError
 
@@ -115,7 +115,9 @@ def predict_command(
     if measure_throughput:
         if prompts or predict_data or predict_file:
             raise ConfigError("--measure_throughput True runs random tokens: leave the prompts out")
-        print_throughput(build_llm(resolved), resolved.config, as_json=as_json)
+        llm = build_llm(resolved)
+        _show_notes(resolved)
+        print_throughput(llm, resolved.config, as_json=as_json)
         return
     wanted = _wanted_prompts(prompts, predict_data, predict_file, chat, system)
     batch_size, stream = _batching(resolved.config.batch_size, len(wanted), stream, as_json)
@@ -126,7 +128,8 @@ def predict_command(
     if len(wanted) == 1:
         wanted *= resolved.config.batch_size or 1
     llm = build_llm(resolved)
-    requests = [_request(llm, resolved.config, number, prompt) for number, prompt in enumerate(wanted, 1)]
+    _show_notes(resolved)
+    requests = [_request(llm, resolved.config, prompt) for prompt in wanted]
     outputs: list[RequestOutput] = []
     for batch in (requests[i : i + batch_size] for i in range(0, len(requests), batch_size)):
         for request, output in zip(batch, _run(llm, batch, stream), strict=True):
@@ -149,10 +152,13 @@ def _resolve(config_path: str | None, flags: dict[str, Any]) -> Resolved:
 
     flags["stop"] = flags["stop"] or None
     flags["ignore_eos"] = flags["ignore_eos"] or None
-    resolved = resolve(flags, _read_yaml(config_path) if config_path else None)
+    return resolve(flags, _read_yaml(config_path) if config_path else None)
+
+
+def _show_notes(resolved: Resolved) -> None:
+    """Once the model is loaded: an input that is refused ends in its one line alone."""
     for line in resolved.notes:
         note(f"note: {line}")
-    return resolved
 
 
 def _read_yaml(path: str) -> LlmBoostYaml:
@@ -168,7 +174,7 @@ def _wanted_prompts(
     chat: bool,
     system: str | None,
 ) -> list[Prompt]:
-    wanted = [Prompt(text, echo=True) for text in predict_data] + [Prompt(text) for text in positional]
+    wanted = argument_prompts(predict_data, positional)
     if predict_file is not None:
         wanted += read_prompt_file(predict_file)
     if not wanted:
@@ -193,13 +199,34 @@ def _batching(batch_size: int | None, prompts: int, stream: bool | None, as_json
     return at_a_time, stream
 
 
-def _request(llm: LLM, config: RunConfig, number: int, prompt: Prompt) -> _Request:
+def _request(llm: LLM, config: RunConfig, prompt: Prompt) -> _Request:
+    """Checked here, all of them before the first one runs."""
+    try:
+        if prompt.messages is not None:
+            token_ids = llm.tokenizer.encode_chat(prompt.messages)
+        else:
+            token_ids = llm.tokenizer.encode(prompt.text or "")
+        _check_length(len(token_ids), llm.max_model_len)
+        params = _params(llm, config, prompt, len(token_ids))
+    except RequestError as error:
+        reason = str(error).replace("max_tokens:", "max_new_tokens:")  # its name here
+        raise RequestError(f"{prompt.where}: {reason}") from None
+    return _Request(prompt, token_ids, (prompt.text or "") if prompt.echo else "", params)
+
+
+def _check_length(prompt_tokens: int, seq_length: int) -> None:
+    if prompt_tokens == 0:
+        raise RequestError("no tokens: the tokenizer or the chat template makes nothing of it")
+    if prompt_tokens >= seq_length:
+        raise RequestError(
+            f"{prompt_tokens} tokens, and seq_length (prompt and continuation) is {seq_length}: "
+            "no token can follow; shorten the prompt or raise --seq_length, as far as the model allows"
+        )
+
+
+def _params(llm: LLM, config: RunConfig, prompt: Prompt, prompt_tokens: int) -> SamplingParams:
     from llm_boost import SamplingParams
 
-    if prompt.messages is not None:
-        token_ids = llm.tokenizer.encode_chat(prompt.messages)
-    else:
-        token_ids = llm.tokenizer.encode(prompt.text or "")
     asked = {
         "ignore_eos": config.ignore_eos,
         "stop": config.stop,
@@ -209,12 +236,7 @@ def _request(llm: LLM, config: RunConfig, number: int, prompt: Prompt) -> _Reque
     if not asked["ignore_eos"]:
         asked["stop_token_ids"] = config.eos_token_ids
     own = asked.pop("max_new_tokens", config.max_new_tokens)
-    try:
-        max_tokens = _tokens_left(config, len(token_ids)) if own is None else own
-        params = SamplingParams(max_tokens=max_tokens, **asked)
-    except RequestError as error:
-        raise RequestError(f"prompt {number}: {error}") from None
-    return _Request(prompt, token_ids, (prompt.text or "") if prompt.echo else "", params)
+    return SamplingParams(max_tokens=_tokens_left(config, prompt_tokens) if own is None else own, **asked)
 
 
 def _sampling(llm: LLM, config: RunConfig) -> dict[str, Any]:
@@ -249,11 +271,13 @@ def _run(llm: LLM, batch: Sequence[_Request], stream: bool) -> Iterator[RequestO
         yield from llm.generate(prompts, [request.params for request in batch])
         return
     for request in batch:
-        click.echo(request.echo, nl=False)
         last = None
-        for last in llm.stream([{"prompt_token_ids": request.token_ids}], [request.params]):
-            click.echo(last.outputs[0].delta, nl=False)
-        click.echo()
+        try:
+            click.echo(request.echo, nl=False)
+            for last in llm.stream([{"prompt_token_ids": request.token_ids}], [request.params]):
+                click.echo(last.outputs[0].delta, nl=False)
+        finally:
+            click.echo()  # the text's line ends, and what stderr says of an end before time gets its own
         if last is None:
             raise EngineError("the engine gave no output for a prompt")
         yield last
@@ -291,7 +315,10 @@ def _check_writable(path: Path) -> None:
 def _save(path: Path, texts: Sequence[str]) -> None:
     r"""One output a line: a backslash is written `\\`, a newline `\n`, a carriage return `\r`."""
     lines = (text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") for text in texts)
-    path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    try:
+        path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
+    except OSError as error:
+        raise ConfigError(f"--save_file: cannot write {path}: {error.strerror}") from None
 
 
 def _figures(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
@@ -305,5 +332,10 @@ def _figures(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
     speed = decode_speed(outputs)
     if speed is not None:
         parts.append(f"{speed:.1f} tokens/s")
-    parts += [f"model {llm.weight_bytes / 1e6:.0f} MB", f"{llm.threads} threads", llm.isa]
+    threads = f"{llm.threads} thread{'' if llm.threads == 1 else 's'}"
+    parts += [f"model {_megabytes(llm.weight_bytes)} ({llm.dtype})", threads, llm.isa]
     return ", ".join(parts)
+
+
+def _megabytes(size: int) -> str:
+    return f"{size / 1e6:.0f} MB" if size >= 1e6 else f"{size / 1e6:.2f} MB"

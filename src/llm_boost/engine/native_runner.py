@@ -101,6 +101,10 @@ class NativeRunner:
         threads = _check("threads", default_threads() if threads is None else threads, 1, MAX_THREADS)
         max_model_len = _max_model_len(config, max_model_len)
         block_size = _check_block_size(DEFAULT_BLOCK_SIZE if block_size is None else block_size)
+        block_bytes = cache_block_bytes(config, dtype, block_size)
+        if num_blocks is None:
+            num_blocks = _num_blocks(block_bytes, block_size, max_model_len, max_num_seqs, kv_cache_memory)
+        _check_num_blocks(num_blocks, block_bytes)
         isa = choose_isa()
         check_tensors(config, checkpoint)
         specs = list(decoder.weights(config))
@@ -111,14 +115,6 @@ class NativeRunner:
 
         planned = plan_entries(checkpoint, specs, dtype)
         packed = PackedStore(cache_dir).open_or_build(key, entries, planned, progress)
-        if num_blocks is None:
-            num_blocks = _num_blocks(
-                cache_block_bytes(config, dtype, block_size),
-                block_size,
-                max_model_len,
-                max_num_seqs,
-                kv_cache_memory,
-            )
         return cls(
             config,
             packed,
@@ -127,7 +123,7 @@ class NativeRunner:
             isa=isa,
             max_model_len=max_model_len,
             block_size=block_size,
-            num_blocks=_check("num_blocks", num_blocks, 1, 1 << 31),
+            num_blocks=num_blocks,
             max_num_batched_tokens=max_num_batched_tokens,
         )
 
@@ -219,16 +215,31 @@ def _check(name: str, value: int, low: int, high: int) -> int:
 
 
 def _check_block_size(value: int) -> int:
-    _check("block_size", value, 16, 4096)
-    if value % 16:
-        raise ConfigError(f"block_size: got {value}, allowed multiples of 16 from 16 to 4096")
+    if not isinstance(value, int) or isinstance(value, bool) or value % 16 or not 16 <= value <= 4096:
+        raise ConfigError(f"block_size: got {value!r}, allowed multiples of 16 from 16 to 4096")
     return value
 
 
 def _max_model_len(config: ModelConfig, wanted: int | None) -> int:
     if wanted is None:
         return min(config.max_model_len, DEFAULT_MAX_MODEL_LEN)
-    return _check("max_model_len (seq_length)", wanted, 1, config.max_model_len)
+    if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= config.max_model_len:
+        raise ConfigError(
+            f"seq_length (max_model_len): got {wanted!r}, allowed 1 to {config.max_model_len}, "
+            "the length that the model was made for"
+        )
+    return wanted
+
+
+def _check_num_blocks(value: int, block_bytes: int) -> None:
+    """Memory that is not there must not be promised: the system would end the process as it fills it."""
+    _check("num_blocks", value, 1, 1 << 31)
+    free = available_memory()
+    if value > 1 and value * block_bytes > free:
+        raise ConfigError(
+            f"num_blocks: got {value}, which take {value * block_bytes / 1e9:.1f} GB, allowed at most "
+            f"{free // block_bytes}: {free / 1e9:.1f} GB of memory are free"
+        )
 
 
 def _num_blocks(

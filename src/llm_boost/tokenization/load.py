@@ -102,13 +102,18 @@ def _find(model_dir: Path, vocab_file: Path | None, merges_file: Path | None) ->
     for path in (vocab_file, merges_file):
         if path is not None and not path.is_file():
             raise TokenizerError(f"{path}: no such file; check vocab_file and merges_file")
-    if merges_file is None and vocab_file.suffix == ".json" and "model" not in _read_object(vocab_file):
+    if merges_file is None and vocab_file.suffix == ".json" and _is_vocabulary(vocab_file):
         merges_file = vocab_file.parent / "merges.txt"
         if not merges_file.is_file():
             raise TokenizerError(
                 f"{vocab_file}: a vocabulary without merges; give merges_file (merges.txt) too"
             )
     return _Files(vocab_file, merges_file, folders)
+
+
+def _is_vocabulary(path: Path) -> bool:
+    """A vocab.json, whose values are ids ("model" may be a token); in a tokenizer.json it is an object."""
+    return not isinstance(_read_object(path).get("model"), dict)
 
 
 def _find_in(folder: Path, folders: tuple[Path, ...]) -> _Files:
