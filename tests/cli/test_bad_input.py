@@ -227,6 +227,7 @@ def test_a_tensor_that_the_model_does_not_know_is_one_clean_line(predict, model)
         (YAML + "    eos_token_id: 268\n", "model.model_config.eos_token_id is 268, but"),
         ("use_parallel: True\nparallel_config: {model_parallel: 4}\n" + YAML, "parallel_config: got 4 ranks"),
         ("only_save_strategy: True\n" + YAML, "only_save_strategy: got True, allowed: False"),
+        (YAML + "    seq_length: 5000\n", "model.model_config.seq_length: got 5000, allowed 1 to 1024"),
         ("\t", "1: not valid YAML"),
     ],
 )
@@ -235,6 +236,12 @@ def test_a_wrong_yaml_file(refused, tmp_path, text, message):
     line = refused("--config_path", "c.yaml", "--model", LLAMA, "--save_file", "out.txt", "hi")
     assert line.startswith("c.yaml:")
     assert message in line
+
+
+def test_a_wrong_chat_template_of_a_yaml_file(refused, tmp_path):
+    (tmp_path / "c.yaml").write_text(YAML + "processor: {tokenizer: {chat_template: '{% for'}}")
+    line = refused("--config_path", "c.yaml", "--model", LLAMA, "--save_file", "out.txt", "--chat", "hi")
+    assert line.startswith("c.yaml: processor.tokenizer.chat_template: ")
 
 
 def test_notes_of_a_yaml_file_come_after_a_model_that_loads(predict, refused, tmp_path):
@@ -248,13 +255,15 @@ def test_notes_of_a_yaml_file_come_after_a_model_that_loads(predict, refused, tm
 def test_a_cache_of_keys_and_values_larger_than_memory(refused, tmp_path):
     (tmp_path / "c.yaml").write_text(YAML + "    num_blocks: 2000000000\n")
     line = refused("--config_path", "c.yaml", "--model", LLAMA, "hi")
-    assert line.startswith("num_blocks: got 2000000000, which take 16384.0 GB, allowed at most ")
+    assert line.startswith(
+        "c.yaml: model.model_config.num_blocks: got 2000000000, which take 16384.0 GB, allowed at most "
+    )
 
 
 def test_a_length_beyond_the_models(refused):
     line = refused("--model", LLAMA, "--seq_length", 5000, "hi")
     assert line.startswith(
-        "seq_length (max_model_len): got 5000, allowed 1 to 1024, the length that the model"
+        "--seq_length: got 5000, allowed 1 to 1024, the length that the model was made for"
     )
 
 
@@ -268,6 +277,32 @@ def test_an_impossible_value(refused, flag):
     line = refused("--model", LLAMA, flag, "hi")
     assert line.startswith(f"{name}: got ")
     assert value in line
+
+
+def test_a_directory_without_config_json_takes_its_shape_from_the_yaml_file(
+    predict, refused, model, tmp_path
+):
+    flags = ["--json", "--config_path", "c.yaml", "--model", model, "--save_file", "out.txt", "hi"]
+    shapes = """    hidden_size: 64
+    intermediate_size: 48
+    num_layers: 2
+    num_heads: 4
+    n_kv_heads: 2
+    vocab_size: 268
+    rms_norm_eps: 1.0e-3
+    eos_token_id: 258
+    max_position_embedding: 1024
+"""
+    (tmp_path / "c.yaml").write_text(YAML + shapes)
+    with_config = predict(*flags)[:2]
+    (model / "config.json").unlink()
+    assert predict(*flags)[:2] == with_config
+    assert with_config[0] == 0
+    (tmp_path / "c.yaml").write_text(YAML + shapes.replace("num_layers: 2", "num_layers: 3"))
+    assert refused(*flags).startswith(
+        f"{model}: tensor model.layers.2.self_attn.q_proj.weight [64, 64] is missing"
+    )
+    assert refused("--model", model, "hi").startswith(f"{model}: config.json is missing")
 
 
 # ---- prompts
