@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -379,7 +380,7 @@ def test_outputs_that_cannot_be_saved(run, tmp_path):
 
 def test_a_closed_or_full_output(tmp_path):
     flags = ["--model", LLAMA, "--cache_dir", tmp_path, "--threads", "1", "--max_new_tokens", "3", "hi"]
-    command = " ".join([*COMMAND, "predict", *map(str, flags)])
+    command = shlex.join([*COMMAND, "predict", *map(str, flags)])
     for redirection, code in [(">&-", 0), ("2>&-", 0), ("<&-", 0), (">/dev/full", 1)]:
         ran = subprocess.run(f"{command} {redirection}", shell=True, capture_output=True, timeout=60)
         assert ran.returncode == code, ran.stderr
@@ -402,8 +403,9 @@ def test_control_c_while_text_is_made(tmp_path):
     command = [*COMMAND, "predict", "--model", LLAMA, "--cache_dir", tmp_path, "--threads", "1", "--stream"]
     prompts = ["--ignore_eos", "--max_new_tokens", "1000", *(["hello"] * 200)]
     process = subprocess.Popen(
-        [*map(str, command), *prompts], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
-    )
+        [*map(str, command), *prompts], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+    )  # fmt: skip
     process.stdout.read(100)
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()
