@@ -22,12 +22,12 @@ def build_llm(resolved: Resolved) -> LLM:
 
     What the user should know of the choice of a tokenizer is added to `resolved.notes`.
     """
-    from llm_boost.config.shapes import to_hf_config
-
     config = resolved.config
     path = find_model(config.model, config.cache_dir)
     hf_config = None
     if resolved.yaml is not None:
+        from llm_boost.config.shapes import to_hf_config
+
         hf_config = to_hf_config(resolved.yaml)
         _check_against_checkpoint(resolved.yaml, path, hf_config)
     overrides = config.tokenizer_overrides
