@@ -8,6 +8,7 @@ from __future__ import annotations
 import json
 import os
 import resource
+import shlex
 import shutil
 import signal
 import struct
@@ -227,6 +228,7 @@ def test_a_tensor_that_the_model_does_not_know_is_one_clean_line(predict, model)
         (YAML + "    eos_token_id: 268\n", "model.model_config.eos_token_id is 268, but"),
         ("use_parallel: True\nparallel_config: {model_parallel: 4}\n" + YAML, "parallel_config: got 4 ranks"),
         ("only_save_strategy: True\n" + YAML, "only_save_strategy: got True, allowed: False"),
+        (YAML + "    seq_length: 5000\n", "model.model_config.seq_length: got 5000, allowed 1 to 1024"),
         ("\t", "1: not valid YAML"),
     ],
 )
@@ -235,6 +237,12 @@ def test_a_wrong_yaml_file(refused, tmp_path, text, message):
     line = refused("--config_path", "c.yaml", "--model", LLAMA, "--save_file", "out.txt", "hi")
     assert line.startswith("c.yaml:")
     assert message in line
+
+
+def test_a_wrong_chat_template_of_a_yaml_file(refused, tmp_path):
+    (tmp_path / "c.yaml").write_text(YAML + "processor: {tokenizer: {chat_template: '{% for'}}")
+    line = refused("--config_path", "c.yaml", "--model", LLAMA, "--save_file", "out.txt", "--chat", "hi")
+    assert line.startswith("c.yaml: processor.tokenizer.chat_template: ")
 
 
 def test_notes_of_a_yaml_file_come_after_a_model_that_loads(predict, refused, tmp_path):
@@ -248,13 +256,15 @@ def test_notes_of_a_yaml_file_come_after_a_model_that_loads(predict, refused, tm
 def test_a_cache_of_keys_and_values_larger_than_memory(refused, tmp_path):
     (tmp_path / "c.yaml").write_text(YAML + "    num_blocks: 2000000000\n")
     line = refused("--config_path", "c.yaml", "--model", LLAMA, "hi")
-    assert line.startswith("num_blocks: got 2000000000, which take 16384.0 GB, allowed at most ")
+    assert line.startswith(
+        "c.yaml: model.model_config.num_blocks: got 2000000000, which take 16384.0 GB, allowed at most "
+    )
 
 
 def test_a_length_beyond_the_models(refused):
     line = refused("--model", LLAMA, "--seq_length", 5000, "hi")
     assert line.startswith(
-        "seq_length (max_model_len): got 5000, allowed 1 to 1024, the length that the model"
+        "--seq_length: got 5000, allowed 1 to 1024, the length that the model was made for"
     )
 
 
@@ -268,6 +278,32 @@ def test_an_impossible_value(refused, flag):
     line = refused("--model", LLAMA, flag, "hi")
     assert line.startswith(f"{name}: got ")
     assert value in line
+
+
+def test_a_directory_without_config_json_takes_its_shape_from_the_yaml_file(
+    predict, refused, model, tmp_path
+):
+    flags = ["--json", "--config_path", "c.yaml", "--model", model, "--save_file", "out.txt", "hi"]
+    shapes = """    hidden_size: 64
+    intermediate_size: 48
+    num_layers: 2
+    num_heads: 4
+    n_kv_heads: 2
+    vocab_size: 268
+    rms_norm_eps: 1.0e-3
+    eos_token_id: 258
+    max_position_embedding: 1024
+"""
+    (tmp_path / "c.yaml").write_text(YAML + shapes)
+    with_config = predict(*flags)[:2]
+    (model / "config.json").unlink()
+    assert predict(*flags)[:2] == with_config
+    assert with_config[0] == 0
+    (tmp_path / "c.yaml").write_text(YAML + shapes.replace("num_layers: 2", "num_layers: 3"))
+    assert refused(*flags).startswith(
+        f"{model}: tensor model.layers.2.self_attn.q_proj.weight [64, 64] is missing"
+    )
+    assert refused("--model", model, "hi").startswith(f"{model}: config.json is missing")
 
 
 # ---- prompts
@@ -344,7 +380,7 @@ def test_outputs_that_cannot_be_saved(run, tmp_path):
 
 def test_a_closed_or_full_output(tmp_path):
     flags = ["--model", LLAMA, "--cache_dir", tmp_path, "--threads", "1", "--max_new_tokens", "3", "hi"]
-    command = " ".join([*COMMAND, "predict", *map(str, flags)])
+    command = shlex.join([*COMMAND, "predict", *map(str, flags)])
     for redirection, code in [(">&-", 0), ("2>&-", 0), ("<&-", 0), (">/dev/full", 1)]:
         ran = subprocess.run(f"{command} {redirection}", shell=True, capture_output=True, timeout=60)
         assert ran.returncode == code, ran.stderr
@@ -367,8 +403,9 @@ def test_control_c_while_text_is_made(tmp_path):
     command = [*COMMAND, "predict", "--model", LLAMA, "--cache_dir", tmp_path, "--threads", "1", "--stream"]
     prompts = ["--ignore_eos", "--max_new_tokens", "1000", *(["hello"] * 200)]
     process = subprocess.Popen(
-        [*map(str, command), *prompts], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0
-    )
+        [*map(str, command), *prompts], stdout=subprocess.PIPE, stderr=subprocess.STDOUT, bufsize=0,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),  # a background shell ignores it
+    )  # fmt: skip
     process.stdout.read(100)
     process.send_signal(signal.SIGINT)
     rest = process.stdout.read()

@@ -108,6 +108,11 @@ def test_a_cache_folder_that_is_not_there_yet(tmp_path: Path) -> None:
     assert not (tmp_path / "not").exists()
 
 
+def test_a_cache_folder_that_is_a_file(tmp_path: Path) -> None:
+    (tmp_path / "file").touch()
+    assert not findings(tmp_path / "file")["cache"].data["writable"]
+
+
 def test_json_holds_the_findings(tmp_path: Path) -> None:
     result = CliRunner().invoke(doctor.doctor_command, ["--json", "--cache_dir", str(tmp_path)])
     assert result.exit_code == 0

@@ -62,6 +62,7 @@ def load(yaml_config, **flags):
 
 def test_the_engine_is_asked_for_what_the_file_and_the_flags_say(asked, checkpoint, yaml_config, tmp_path):
     load(yaml_config, model=str(checkpoint), dtype="int8", threads=2, seed=5, cache_dir=str(tmp_path))
+    assert asked[0].pop("hf_config")["hidden_size"] == 8
     progress = asked[0].pop("progress")
     assert callable(progress)
     assert asked == [
@@ -87,7 +88,7 @@ def test_without_a_file_the_checkpoint_is_left_to_the_engine(asked, checkpoint):
 
 
 def test_a_gguf_keeps_its_own_tokenizer(asked, checkpoint, yaml_config, monkeypatch):
-    monkeypatch.setattr("llm_boost.cli.load._check_against_checkpoint", lambda yaml_config, path: None)
+    monkeypatch.setattr("llm_boost.cli.load._check_against_checkpoint", lambda *args: None)
     gguf = checkpoint / "model.gguf"
     gguf.touch()
     resolved = resolve({"model": str(gguf)}, yaml_config, {})

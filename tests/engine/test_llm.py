@@ -170,6 +170,7 @@ def test_it_tells_what_it_runs_on(make_llm):
 def test_a_progress_bar_changes_nothing(make_llm, capsys):
     llm = make_llm()
     shown = llm.generate(["a", "b"], GREEDY, use_tqdm=True)
+    assert capsys.readouterr().out == ""  # stdout belongs to the program that asks
     assert [o.outputs[0].text for o in shown] == [o.outputs[0].text for o in llm.generate(["a", "b"], GREEDY)]
 
 

@@ -75,6 +75,17 @@ def test_vocabulary_as_argument(tmp_path: Path, qwen2: Tokenizer, llama: Tokeniz
         assert load_tokenizer(empty, vocab_file=file).encode(text) == llama.encode(text)
 
 
+def test_a_vocabulary_may_have_the_token_model(qwen2_dir: Path) -> None:
+    """ "model" is a key of a tokenizer.json, too."""
+    vocab = json.loads((qwen2_dir / "vocab.json").read_text())
+    vocab["model"] = vocab.pop(next(token for token, i in vocab.items() if i == len(vocab) - 1))
+    (qwen2_dir / "vocab.json").write_text(json.dumps(vocab))
+    (qwen2_dir / "merges.txt").write_text("#version: 0.2\n")
+    assert load_tokenizer(qwen2_dir, vocab_file=qwen2_dir / "vocab.json").encode("mod") == [
+        vocab[character] for character in "mod"
+    ]
+
+
 def test_argument_beats_override(llama: Tokenizer) -> None:
     model = GOLDENS / "llama" / "tokenizer.model"
     tokenizer = load_tokenizer(GOLDENS, vocab_file=model, overrides={"vocab_file": "/path/vocab.json"})

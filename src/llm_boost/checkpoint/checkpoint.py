@@ -75,8 +75,10 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
-def open_checkpoint(path: str | Path) -> Checkpoint:
+def open_checkpoint(path: str | Path, hf_config: Mapping[str, Any] | None = None) -> Checkpoint:
     """Opens a Hugging Face directory, a GGUF file, or a directory that holds one.
+
+    `hf_config` stands in for config.json where a directory of safetensors has none.
 
     Raises:
         CheckpointError: nothing there, a format not supported, or a file that is damaged.
@@ -90,7 +92,7 @@ def open_checkpoint(path: str | Path) -> Checkpoint:
         raise CheckpointError(
             f"{path}: cannot open the model ({getattr(error, 'strerror', error)})"
         ) from None
-    return _open_directory(path, names)
+    return _open_directory(path, names, hf_config)
 
 
 def _open_file(path: Path) -> Checkpoint:
@@ -103,13 +105,13 @@ def _open_file(path: Path) -> Checkpoint:
     raise CheckpointError(f"{path}: not a model; give a .gguf file, or the directory that holds config.json")
 
 
-def _open_directory(path: Path, names: list[str]) -> Checkpoint:
+def _open_directory(path: Path, names: list[str], hf_config: Mapping[str, Any] | None) -> Checkpoint:
     weights = [n for n in names if n.endswith(".safetensors") or re.fullmatch(r"pytorch_model.*\.bin", n)]
     ggufs = [n for n in names if n.endswith(".gguf")]
     if weights or any(n.endswith(".index.json") for n in names):
         from llm_boost.checkpoint.huggingface import HuggingFaceCheckpoint
 
-        return HuggingFaceCheckpoint(path)
+        return HuggingFaceCheckpoint(path, hf_config)
     if len(ggufs) == 1:
         return _open_file(path / ggufs[0])
     if ggufs:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
@@ -42,13 +43,9 @@ class HuggingFaceCheckpoint:
 
     format = "huggingface"
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, hf_config: Mapping[str, Any] | None = None) -> None:
         self.path = path
-        if not (path / "config.json").is_file():
-            raise CheckpointError(
-                f"{path}: config.json is missing; a Hugging Face model has one beside its weights"
-            )
-        self.config = read_json_object(path / "config.json")
+        self.config = _config(path, hf_config)
         generation = path / "generation_config.json"
         self.generation_config = read_json_object(generation) if generation.is_file() else {}
         self.metadata: dict[str, Any] = {}
@@ -77,6 +74,7 @@ class HuggingFaceCheckpoint:
         for name in ("config.json", "generation_config.json"):
             if (self.path / name).is_file():
                 digest.update(f"{name}\n".encode() + (self.path / name).read_bytes())
+        digest.update(json.dumps(self.config, sort_keys=True).encode())
         for shard in self._shards:
             stat = shard.path.stat()
             digest.update(f"{shard.path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
@@ -108,6 +106,17 @@ class HuggingFaceCheckpoint:
             f"{self._home[name].path}: tensor {name} is {tensor.dtype}; weights must be float32, "
             "float16 or bfloat16 (a quantised checkpoint can be read as GGUF)"
         )
+
+
+def _config(path: Path, otherwise: Mapping[str, Any] | None) -> dict[str, Any]:
+    """config.json, or what stands in for it."""
+    if (path / "config.json").is_file():
+        return read_json_object(path / "config.json")
+    if otherwise is None:
+        raise CheckpointError(
+            f"{path}: config.json is missing; a Hugging Face model has one beside its weights"
+        )
+    return dict(otherwise)
 
 
 def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:

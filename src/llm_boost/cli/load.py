@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+import contextlib
+from collections.abc import Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 from llm_boost.cli.progress import ProgressBar
 from llm_boost.config.locations import find_model
+from llm_boost.errors import ConfigError, TokenizerError
 
 if TYPE_CHECKING:
     from llm_boost import LLM
@@ -21,8 +24,12 @@ def build_llm(resolved: Resolved) -> LLM:
     """
     config = resolved.config
     path = find_model(config.model, config.cache_dir)
+    hf_config = None
     if resolved.yaml is not None:
-        _check_against_checkpoint(resolved.yaml, path)
+        from llm_boost.config.shapes import to_hf_config
+
+        hf_config = to_hf_config(resolved.yaml)
+        _check_against_checkpoint(resolved.yaml, path, hf_config)
     overrides = config.tokenizer_overrides
     if overrides and path.suffix == ".gguf" and config.vocab_file is None and config.merges_file is None:
         resolved.notes.append(
@@ -31,7 +38,7 @@ def build_llm(resolved: Resolved) -> LLM:
         overrides = {}
     from llm_boost import LLM
 
-    with ProgressBar("packing weights") as progress:
+    with ProgressBar("packing weights") as progress, naming_origins(resolved):
         return LLM(
             model=path,
             dtype=config.dtype,
@@ -44,15 +51,31 @@ def build_llm(resolved: Resolved) -> LLM:
             vocab_file=config.vocab_file,
             merges_file=config.merges_file,
             tokenizer_overrides=overrides or None,
+            hf_config=hf_config,
             progress=progress,
         )
 
 
-def _check_against_checkpoint(yaml_config: LlmBoostYaml, path: Path) -> None:
+@contextlib.contextmanager
+def naming_origins(resolved: Resolved) -> Iterator[None]:
+    """The engine names a setting; the user is told the flag, the variable or the file that it came from."""
+    try:
+        yield
+    except ConfigError as error:
+        name = str(error).partition(":")[0]
+        origin = resolved.origins.get("seq_length" if name == "max_model_len" else name, name)
+        raise ConfigError(str(error).replace(name, origin, 1)) from None
+    except TokenizerError as error:
+        if resolved.yaml is None or not str(error).startswith("processor.tokenizer"):
+            raise
+        raise TokenizerError(f"{resolved.yaml.path}: {error}") from None
+
+
+def _check_against_checkpoint(yaml_config: LlmBoostYaml, path: Path, hf_config: dict[str, Any]) -> None:
     from llm_boost.checkpoint.checkpoint import open_checkpoint
     from llm_boost.config.shapes import check_shapes
 
-    checkpoint = open_checkpoint(path)
+    checkpoint = open_checkpoint(path, hf_config)
     try:
         check_shapes(yaml_config, checkpoint.config, path / "config.json" if path.is_dir() else path)
     finally:

@@ -9,7 +9,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 
 import click
 
-from llm_boost.cli.load import build_llm
+from llm_boost.cli.load import build_llm, naming_origins
 from llm_boost.cli.options import BOOL_TEXT, model_options, note
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
 from llm_boost.cli.throughput import decode_speed, print_throughput
@@ -129,7 +129,8 @@ def predict_command(
         wanted *= resolved.config.batch_size or 1
     llm = build_llm(resolved)
     _show_notes(resolved)
-    requests = [_request(llm, resolved.config, prompt) for prompt in wanted]
+    with naming_origins(resolved):
+        requests = [_request(llm, resolved.config, prompt) for prompt in wanted]
     outputs: list[RequestOutput] = []
     for batch in (requests[i : i + batch_size] for i in range(0, len(requests), batch_size)):
         for request, output in zip(batch, _run(llm, batch, stream), strict=True):

@@ -63,8 +63,11 @@ def pull_command(name: str | None, list_: bool, cache_dir: str | None) -> None:
     """Fetch the model NAME into the cache and print its path."""
     cache = cache_folder(cache_dir)
     if list_:
-        for pulled, path in pulled_models(cache).items():
+        models = pulled_models(cache)
+        for pulled, path in models.items():
             click.echo(f"{pulled}\t{path}")
+        if not models:
+            note(f"no models in {models_folder(cache)}")
         return
     if name is None:
         raise click.UsageError(f"give a name: {', '.join(_WHEEL_MODELS)}, or a Hugging Face repository id")

@@ -92,6 +92,7 @@ class Resolved:
     config: RunConfig
     yaml: LlmBoostYaml | None = None
     notes: list[str] = field(default_factory=list)
+    origins: Mapping[str, str] = field(default_factory=dict)  # how a message names each field: `--threads`
 
 
 class _Setting(NamedTuple):
@@ -142,7 +143,7 @@ def resolve(
         raise ConfigError(_first_line(error, settings)) from None
     if yaml_config and yaml_config.without_effect:
         notes.append(f"{yaml_config.path}: without effect here: {', '.join(yaml_config.without_effect)}")
-    return Resolved(config, yaml_config, notes)
+    return Resolved(config, yaml_config, notes, {name: s.origin for name, s in settings.items()})
 
 
 def _own_flags(flags: Mapping[str, Any]) -> dict[str, Any]:

@@ -51,6 +51,7 @@ def to_hf_config(yaml_config: LlmBoostYaml) -> dict[str, Any]:
     """A config.json for a checkpoint without one: the YAML, and where it is silent LlmBoostConfig's defaults.
 
     An absent intermediate_size follows MindFormers: 8/3 of hidden_size, rounded up to a multiple of 256.
+    Whether the head is tied is left to the checkpoint's tensors to say.
     """
     model = yaml_config.model
     family = model.boost_model_name
@@ -75,7 +76,6 @@ def to_hf_config(yaml_config: LlmBoostYaml) -> dict[str, Any]:
         "bos_token_id": 1 if model.bos_token_id is None else model.bos_token_id,
         "eos_token_id": model.eos_token_id or [2],
         "pad_token_id": 0 if model.pad_token_id is None else model.pad_token_id,
-        "tie_word_embeddings": False,
     }
 
 

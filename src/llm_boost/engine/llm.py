@@ -58,6 +58,7 @@ def load_parts(
     vocab_file: str | Path | None,
     merges_file: str | Path | None,
     tokenizer_overrides: Mapping[str, Any] | None,
+    hf_config: Mapping[str, Any] | None = None,
     **runner_options: Any,
 ) -> Parts:
     """Opens the checkpoint; loads configuration, tokenizer and weights, the cheap before the expensive."""
@@ -67,7 +68,7 @@ def load_parts(
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer, load_tokenizer
 
-    checkpoint = open_checkpoint(model)
+    checkpoint = open_checkpoint(model, hf_config)
     is_gguf = checkpoint.format == "gguf"
     source = checkpoint.path if is_gguf else checkpoint.path / "config.json"
     model_config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
@@ -105,6 +106,7 @@ class LLM:
         max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
             smoother for the requests that run beside them.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
+        hf_config: config.json's keys, for a directory of safetensors without that file.
         progress: called with (bytes done, bytes in all) while the weights are packed.
         vllm_options: other arguments of vLLM's LLM, accepted at the values at which they ask for nothing.
     """
@@ -126,6 +128,7 @@ class LLM:
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
+        hf_config: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
         **vllm_options: Any,
     ) -> None:
@@ -136,6 +139,7 @@ class LLM:
             vocab_file=vocab_file,
             merges_file=merges_file,
             tokenizer_overrides=tokenizer_overrides,
+            hf_config=hf_config,
             dtype=dtype,
             threads=threads,
             cache_dir=cache_dir,

@@ -225,7 +225,7 @@ def _max_model_len(config: ModelConfig, wanted: int | None) -> int:
         return min(config.max_model_len, DEFAULT_MAX_MODEL_LEN)
     if not isinstance(wanted, int) or isinstance(wanted, bool) or not 1 <= wanted <= config.max_model_len:
         raise ConfigError(
-            f"seq_length (max_model_len): got {wanted!r}, allowed 1 to {config.max_model_len}, "
+            f"max_model_len: got {wanted!r}, allowed 1 to {config.max_model_len}, "
             "the length that the model was made for"
         )
     return wanted
