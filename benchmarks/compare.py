@@ -1,7 +1,7 @@
 """Speed of the built-in engine beside other engines, in one run, taking turns: ours, theirs, ours, theirs.
 
 A worker process an engine holds its model and runs one repetition when asked, so that drift of the machine
-falls on all alike; ratios are taken repetition by repetition. Other engines live in environments of their own:
+falls on all alike; ratios are taken repetition by repetition. Other engines live in their own environments:
 
     python benchmarks/compare.py builtin:int4=DIR builtin:int8=DIR llama_cpp=FILE.gguf@/path/to/python
 

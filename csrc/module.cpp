@@ -87,6 +87,7 @@ void bind_plan(nb::module_& m) {
               linear_parts.push_back({weight_of(weight, format, rows, cols), bias ? bias->data() : nullptr});
             }
             require(!parts.empty(), "a linear needs a weight");
+            require(out >= 0, "no such buffer");
             p.linear(in, norm_of(norm, eps, linear_parts[0].weight.cols), linear_parts, epilogue_of(epilogue),
                      out);
           },

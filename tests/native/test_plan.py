@@ -174,6 +174,7 @@ BAD_OPERATIONS = {
     "a quantised table": ("embed", (PACKED, "int8", 32, 64, 0)),
     "no such output": ("embed", (as_table(np.zeros((3, 64))), "float32", 3, 64, 4)),
     "a negative buffer": ("linear", (-1, None, 0.0, [int8_part()], "store", 1)),
+    "the logits under another name": ("linear", (0, None, 0.0, [int8_part()], "store", -1)),
     "no such input": ("linear", (4, None, 0.0, [int8_part()], "store", 1)),
     "no weight": ("linear", (0, None, 0.0, [], "store", 1)),
     "a weight cut off": ("linear", (0, None, 0.0, [int8_part(packed=PACKED[:-1])], "store", 1)),
