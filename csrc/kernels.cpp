@@ -165,10 +165,11 @@ void panel(TileArgs t, int rows, int blocks, float* acc) {
   const uint8_t* const a = t.a;
   const float* const scales = t.scales;
   const int32_t* const offsets = t.offsets;
+  const int tiles = (rows + kTileRows - 1) / kTileRows, tile_height = (rows + tiles - 1) / tiles;
   for (int b = 0; b < blocks;) {
     const int nb = blocks - b >= kBlocks ? kBlocks : 1;
-    for (int m = 0; m < rows; m += kTileRows) {
-      const int n = rows - m < kTileRows ? rows - m : kTileRows;
+    for (int m = 0; m < rows; m += tile_height) {
+      const int n = rows - m < tile_height ? rows - m : tile_height;
       t.a = a + m * 4;
       t.scales = scales ? scales + m : nullptr;
       t.offsets = offsets ? offsets + m : nullptr;
@@ -491,7 +492,7 @@ float softmax_row(float* s, long valid, float* running_max, float* running_sum) 
   for (size_t j = 0; j < kKeyTile; j += kLanes) store(s + j, vexp(sub(load(s + j), set1(top))));
   for (size_t j = valid; j < kKeyTile; ++j) s[j] = 0.0f;
   for (size_t j = 0; j < kKeyTile; j += kLanes) sum = add(sum, load(s + j));
-  const float factor = std::exp(*running_max - top);
+  const float factor = top == *running_max ? 1.0f : std::exp(*running_max - top);
   *running_sum = *running_sum * factor + reduce_add(sum);
   *running_max = top;
   return factor;
