@@ -11,7 +11,7 @@ import numpy as np
 import pytest
 
 from llm_boost import _native
-from llm_boost.benchmark import latency
+from llm_boost.benchmark import kernels, latency
 from llm_boost.benchmark.latency import Case, load_subject, make_cases
 from llm_boost.engine.native_runner import DTYPES
 from llm_boost.models.config import expected_tensors
@@ -25,6 +25,7 @@ TESTS = ["pp6", "tg2", "tg2 x3", "pp6 @ d40", "tg2 @ d40", "tg2 x3 @ d40"]
 @pytest.fixture(autouse=True)
 def fixed_limits(monkeypatch):
     monkeypatch.delenv("LLM_BOOST_ISA", raising=False)
+    monkeypatch.setattr(kernels, "STREAMED_BYTES", 40_000)
     monkeypatch.setattr(_native, "probe_bandwidth", lambda threads, megabytes: 10e9)
     monkeypatch.setattr(
         _native, "probe_dot_rate", lambda kind, threads: {"int8": 4e11, "fp32": 1e11}.get(kind)
@@ -203,6 +204,10 @@ def test_kernels_of_every_instruction_set(run):
         ),
         (["latency", "--model", MODELS / "qwen2", "--repetitions", "0"], "0 is not in the range"),
         (["kernels", "--isa", "sse9"], "--isa: got 'sse9', allowed here: all, "),
+        (
+            ["kernels", "--rows", 1 << 20, "--cols", 1 << 20],
+            "got 1048576 x 1048576 for 512 tokens, which take",
+        ),
         (["speed"], "No such command 'speed'"),
     ],
 )

@@ -83,4 +83,6 @@ def _floats(fmt: str, count: int, scale: float) -> Bytes:
 
 def _memory(nbytes: int) -> Bytes:
     """Zeros, aligned to a page as the packed cache's entries are to a cache line."""
-    return np.frombuffer(mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS), np.uint8)
+    return np.frombuffer(
+        mmap.mmap(-1, nbytes, mmap.MAP_PRIVATE | mmap.MAP_ANONYMOUS | mmap.MAP_POPULATE), np.uint8
+    )

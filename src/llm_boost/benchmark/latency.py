@@ -22,7 +22,6 @@ from llm_boost.engine.native_runner import (
     Progress,
     cache_block_bytes,
     choose_isa,
-    resolve_dtype,
 )
 from llm_boost.errors import ConfigError
 from llm_boost.models.config import ModelConfig, expected_tensors
@@ -124,49 +123,55 @@ def load_subject(
     Raises:
         CheckpointError: the model cannot be read. ConfigError: a case is longer than the model or the memory.
     """
-    max_model_len = max(case.depth + case.tokens for case in cases)
-    num_blocks = max(case.batch for case in cases) * _blocks(max_model_len)
     if dummy:
-        if not path.is_dir():
-            raise ConfigError(f"load_format: got dummy with {path}, allowed a directory with a config.json")
-        source = path / "config.json"
-        config = ModelConfig.from_hf(read_json_object(source), str(source))
-        _check_length(config, max_model_len)
-        dtype = "bfloat16" if dtype == "auto" else dtype
-        cache_bytes = num_blocks * cache_block_bytes(config, dtype, DEFAULT_BLOCK_SIZE)
-        runner = NativeRunner(
-            config,
-            dummy_model(config, dtype, cache_bytes),
-            dtype=dtype,
-            threads=threads or default_threads(),
-            isa=choose_isa(),
-            max_model_len=max_model_len,
-            block_size=DEFAULT_BLOCK_SIZE,
-            num_blocks=num_blocks,
-            max_num_batched_tokens=max(CHUNK, *(case.batch for case in cases)),
-        )
-        return Subject(runner, None)
+        return Subject(_make(path, cases, dtype, threads), None)
 
     def load() -> NativeRunner:
         checkpoint = open_checkpoint(path)
         source = path / "config.json" if path.is_dir() else path
         config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
-        _check_length(config, max_model_len)
+        room = _room(cases, config)
         return NativeRunner.load(
-            checkpoint,
-            config,
-            dtype=resolve_dtype(dtype, checkpoint),
-            threads=threads,
-            cache_dir=cache_dir,
-            max_model_len=max_model_len,
-            num_blocks=num_blocks,
-            max_num_batched_tokens=max(CHUNK, *(case.batch for case in cases)),
-            progress=progress,
+            checkpoint, config, dtype=dtype, threads=threads, cache_dir=cache_dir, progress=progress, **room
         )
 
     load()  # packs the weights if the cache lacks them
     start = time.perf_counter()
     return Subject(load(), time.perf_counter() - start)
+
+
+def _make(path: Path, cases: Sequence[Case], dtype: str, threads: int | None) -> NativeRunner:
+    if not path.is_dir():
+        raise ConfigError(f"load_format: got dummy with {path}, allowed a directory with a config.json")
+    source = path / "config.json"
+    config = ModelConfig.from_hf(read_json_object(source), str(source))
+    room, dtype = _room(cases, config), "bfloat16" if dtype == "auto" else dtype
+    cache_bytes = room["num_blocks"] * cache_block_bytes(config, dtype, DEFAULT_BLOCK_SIZE)
+    return NativeRunner(
+        config,
+        dummy_model(config, dtype, cache_bytes),
+        dtype=dtype,
+        threads=threads or default_threads(),
+        isa=choose_isa(),
+        **room,
+    )
+
+
+def _room(cases: Sequence[Case], config: ModelConfig) -> dict[str, int]:
+    """A runner's sizes, such that each case just fits."""
+    length = max(case.depth + case.tokens for case in cases)
+    if length > config.max_model_len:
+        raise ConfigError(
+            f"depth: the longest test takes {length} tokens, allowed at most {config.max_model_len}, "
+            "the length that the model was made for"
+        )
+    sequences = max(case.batch for case in cases)
+    return {
+        "max_model_len": length,
+        "block_size": DEFAULT_BLOCK_SIZE,
+        "num_blocks": sequences * _blocks(length),
+        "max_num_batched_tokens": max(CHUNK, sequences),
+    }
 
 
 def measure(
@@ -193,14 +198,6 @@ def measure(
         if progress:
             progress(done + 1, len(cases))
     return results
-
-
-def _check_length(config: ModelConfig, length: int) -> None:
-    if length > config.max_model_len:
-        raise ConfigError(
-            f"depth: the longest test takes {length} tokens, allowed at most {config.max_model_len}, "
-            "the length that the model was made for"
-        )
 
 
 def _blocks(tokens: int) -> int:
