@@ -76,9 +76,9 @@ sanitize: setup .venv/.extra-test ## run the native tests under AddressSanitizer
 	@$(SANITIZED) -c 'from llm_boost import _native; assert "build/sanitize" in _native.__file__, _native.__file__'
 	@$(SANITIZED) -m pytest --capture=sys tests/native
 
-bench: setup ## measure this machine beside other engines; ARGS="..." is passed on
-	@test -f benchmarks/compare.py || { echo "make bench: benchmarks/compare.py is not here yet" >&2; exit 1; }
-	@$(BIN)/python benchmarks/compare.py $(ARGS)
+bench: setup ## measure a small model beside the machine's limits; ARGS="..." is passed on
+	@$(BIN)/llm-boost pull $(MODEL) >/dev/null
+	@$(BIN)/llm-boost bench latency --model $(MODEL) $(ARGS)
 
 docs: setup .venv/.extra-test ## check the links inside the documentation
 	@$(BIN)/python -m pytest -q tests/test_docs.py

@@ -22,7 +22,18 @@ ARROWS: dict[str, set[str]] = {
     "engine": {"_native", "checkpoint", "errors", "models", "tokenization"},
     "llm_boost": {"engine"},
     "evaluation": {"engine", "errors"},
-    "cli": {"_native", "checkpoint", "config", "engine", "errors", "evaluation", "llm_boost", "suggest"},
+    "benchmark": {"_native", "checkpoint", "engine", "errors", "models"},
+    "cli": {
+        "_native",
+        "benchmark",
+        "checkpoint",
+        "config",
+        "engine",
+        "errors",
+        "evaluation",
+        "llm_boost",
+        "suggest",
+    },
 }
 
 

@@ -25,14 +25,25 @@ def test_help_without_arguments(run):
         assert "doctor" in out
 
 
-@pytest.mark.parametrize("verb", ["predict", "pull", "eval", "doctor"])
+@pytest.mark.parametrize(
+    "verb", ["predict", "pull", "eval", "bench", "bench latency", "bench kernels", "doctor"]
+)
 def test_every_verbs_help_has_examples(run, verb):
-    code, out, _ = run(verb, "--help")
+    code, out, _ = run(*verb.split(), "--help")
     assert code == 0
     assert f"llm-boost {verb} " in out.split("Examples:")[1]
 
 
-@pytest.mark.parametrize("args", [["--help"], ["predict", "--help"], ["pull", "--help"], ["eval", "--help"]])
+@pytest.mark.parametrize(
+    "args",
+    [
+        ["--help"],
+        ["predict", "--help"],
+        ["pull", "--help"],
+        ["eval", "--help"],
+        ["bench", "latency", "--help"],
+    ],
+)
 def test_help_imports_nothing_heavy(args):
     heavy = (
         "importlib.metadata",
@@ -65,7 +76,7 @@ def test_version(run):
 @pytest.mark.parametrize(
     ("args", "message"),
     [
-        (["predit"], "no verb 'predit'; did you mean 'predict'? (verbs: predict, pull, eval, doctor)"),
+        (["predit"], "no verb 'predit'; did you mean 'predict'? (verbs: predict, pull, eval, bench, doctor)"),
         (["--verbose"], "No such option '--verbose'"),
         (["eval"], "Missing option '--file'"),
         (["pull"], "give a name: smollm2-135m-instruct"),

@@ -16,6 +16,7 @@ import click
 
 from llm_boost import __version__
 from llm_boost.config.locations import cache_folder
+from llm_boost.engine.hardware import processor_name
 from llm_boost.errors import ConfigError
 
 CPU_DIR = Path("/sys/devices/system/cpu")
@@ -86,12 +87,6 @@ def last_level_cache() -> int:
                 sizes[int(level), shared] = int(size[:-1]) * 1024
     last = max((level for level, _ in sizes), default=0)
     return sum(size for (level, _), size in sizes.items() if level == last)
-
-
-def processor_name() -> str:
-    lines = (read(Path("/proc/cpuinfo")) or "").splitlines()
-    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
-    return names[0] if names else platform.machine()
 
 
 def memory() -> tuple[int, int]:

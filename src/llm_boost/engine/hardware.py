@@ -5,6 +5,7 @@ from __future__ import annotations
 import contextlib
 import ctypes
 import os
+import platform
 from pathlib import Path
 
 CGROUP_MEMORY = (
@@ -22,6 +23,13 @@ def default_threads() -> int:
     cpus = os.sched_getaffinity(0)
     cores = {_siblings(cpu) for cpu in cpus}
     return max(1, min(len(cores), _quota(len(cpus))))
+
+
+def processor_name() -> str:
+    """The model that the processor says it is."""
+    lines = _read(Path("/proc/cpuinfo")).splitlines()
+    names = [line.partition(":")[2].strip() for line in lines if line.startswith("model name")]
+    return names[0] if names else platform.machine()
 
 
 def available_memory() -> int:

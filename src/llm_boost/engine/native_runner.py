@@ -68,6 +68,7 @@ class NativeRunner:
         weights = _Entries(packed)
         decoder.build(PlanBuilder(self._plan, weights), config)
         self.weight_bytes = weights.nbytes
+        self.embedding_bytes = len(weights["embed"].data)  # of which a step reads its tokens' rows only
         self._rope = RopeTable(config, max_model_len)
 
     @classmethod
