@@ -73,30 +73,17 @@ struct Plan::Embed : Plan::Op {
 };
 
 struct Plan::Linear : Plan::Op {
+  struct Part {
+    LinearArgs args;
+    size_t column;      // of out, where the part begins
+    size_t num_chunks;  // units of work
+  };
+
   int in;
   Norm norm;
-  std::vector<LinearArgs> parts;  // side by side in the columns of out
-  std::vector<size_t> columns;    // where each begins
-  int out;                        // -1: the logits, of the rows that want them
-
-  void run(const Context& c, int thread) override {
-    Plan& plan = c.plan;
-    const size_t tokens = out < 0 ? c.step.num_rows : c.step.num_tokens;
-    const Activations input = activations(c, tokens, thread);
-    const Scratch scratch{reinterpret_cast<float*>(plan.scratch_[thread].data() + kExpandedBytes),
-                          plan.scratch_[thread].data()};
-    float* to = out < 0 ? plan.logits_.data() : plan.buffers_[out].data();
-    share(next, num_chunks, [&](size_t i) {
-      size_t part = 0;
-      for (; i >= chunks[part]; ++part) i -= chunks[part];
-      LinearArgs a = parts[part];
-      a.num_tokens = tokens;
-      a.input = input;
-      a.out = to + columns[part];
-      const size_t first = i * kChunkBlocks, blocks = round_up(a.weight.rows, kBlockRows) / kBlockRows;
-      plan.kernels_.linear(a, first, std::min<size_t>(kChunkBlocks, blocks - first), scratch);
-    });
-  }
+  int out;  // -1: the logits, of the rows that want them
+  std::vector<Part> parts;
+  size_t num_chunks = 0;
 
   void add(const LinearPart& part, Epilogue epilogue, size_t out_stride) {
     LinearArgs a;
@@ -105,14 +92,29 @@ struct Plan::Linear : Plan::Op {
     a.epilogue = epilogue;
     a.out_stride = out_stride;
     a.out_cols = epilogue == Epilogue::kSiluMul ? out_stride : part.weight.rows;
-    columns.push_back(parts.empty() ? 0 : columns.back() + parts.back().weight.rows);
-    parts.push_back(a);
-    chunks.push_back(round_up(part.weight.rows, kChunkRows) / kChunkRows);
-    num_chunks += chunks.back();
+    const size_t column = parts.empty() ? 0 : parts.back().column + parts.back().args.weight.rows;
+    parts.push_back({a, column, round_up(part.weight.rows, kChunkRows) / kChunkRows});
+    num_chunks += parts.back().num_chunks;
   }
 
-  std::vector<size_t> chunks;  // of each part
-  size_t num_chunks = 0;
+  void run(const Context& c, int thread) override {
+    Plan& plan = c.plan;
+    const size_t tokens = out < 0 ? c.step.num_rows : c.step.num_tokens;
+    const Activations input = activations(c, tokens, thread);
+    const Scratch scratch{reinterpret_cast<float*>(plan.scratch_[thread].data() + kExpandedBytes),
+                          plan.scratch_[thread].data()};
+    float* to = out < 0 ? plan.logits_.data() : plan.buffers_[out].data();
+    share(next, num_chunks, [&](size_t chunk) {
+      const Part* part = parts.data();
+      for (; chunk >= part->num_chunks; ++part) chunk -= part->num_chunks;
+      LinearArgs a = part->args;
+      a.num_tokens = tokens;
+      a.input = input;
+      a.out = to + part->column;
+      const size_t first = chunk * kChunkBlocks, blocks = round_up(a.weight.rows, kBlockRows) / kBlockRows;
+      plan.kernels_.linear(a, first, std::min<size_t>(kChunkBlocks, blocks - first), scratch);
+    });
+  }
 
   // One panel is prepared by every thread for itself, which costs less than a barrier; more are shared out.
   Activations activations(const Context& c, size_t tokens, int thread) {
@@ -120,8 +122,8 @@ struct Plan::Linear : Plan::Op {
     const bool one_panel = tokens <= kPanelRows;
     ActivationStore& store = one_panel ? *plan.private_[thread] : *plan.shared_;
     Activations act;
-    act.format = is_quantized(parts[0].weight.format) ? Format::kInt8 : parts[0].weight.format;
-    act.cols = parts[0].weight.cols;
+    act.format = is_quantized(parts[0].args.weight.format) ? Format::kInt8 : parts[0].args.weight.format;
+    act.cols = parts[0].args.weight.cols;
     act.num_steps = steps(act.format, act.cols);
     act.num_groups = is_quantized(act.format) ? padded_cols(act.format, act.cols) / kGroup : 0;
     act.values = store.values.data();
