@@ -15,8 +15,9 @@ PACKAGE = ROOT / "src" / "llm_boost"
 ARROWS: dict[str, set[str]] = {
     "errors": set(),
     "suggest": set(),
-    "checkpoint": {"errors"},
-    "tokenization": {"errors"},
+    "protobuf": set(),
+    "checkpoint": {"errors", "protobuf", "suggest"},
+    "tokenization": {"errors", "protobuf"},
     "config": {"errors", "suggest"},
     "models": {"_native", "checkpoint", "errors"},
     "engine": {"_native", "checkpoint", "errors", "models", "tokenization"},

@@ -86,8 +86,8 @@ def test_nothing_there(tmp_path):
     assert "cannot open the model (No such file or directory)" in refused(tmp_path / "absent")
     assert "the directory is empty" in refused(tmp_path)
     (tmp_path / "readme.txt").write_text("hello")
-    assert "no *.safetensors, pytorch_model*.bin or .gguf file there" in refused(tmp_path)
-    assert "not a model; give a .gguf file, or the directory" in refused(tmp_path / "readme.txt")
+    assert "no *.safetensors, pytorch_model*.bin, .ckpt or .gguf file there" in refused(tmp_path)
+    assert "not a model; give a .gguf or .ckpt file, or the directory" in refused(tmp_path / "readme.txt")
 
 
 def test_no_config(tmp_path):
@@ -150,11 +150,7 @@ def test_a_tensor_in_two_shards(tmp_path):
     assert "tensor 'a' is in both model-00001-of-00002.safetensors and" in refused(tmp_path)
 
 
-def test_several_ggufs_and_mindspore_are_named(tmp_path):
-    (tmp_path / "rank_0").mkdir()
-    assert "MindSpore checkpoints (.ckpt files, rank_N folders) cannot be read" in refused(tmp_path)
-    (tmp_path / "m.ckpt").write_bytes(b"x")
-    assert "MindSpore checkpoints" in refused(tmp_path / "m.ckpt")
+def test_several_ggufs_are_named(tmp_path):
     (tmp_path / "a.gguf").write_bytes(b"")
     (tmp_path / "b.gguf").write_bytes(b"")
     assert "holds 2 GGUF files; name the one to use: ['a.gguf', 'b.gguf']" in refused(tmp_path)

@@ -30,8 +30,13 @@ class Checkpoint(Protocol):
     def path(self) -> Path: ...
 
     @property
+    def folder(self) -> Path:
+        """Where config.json, the tokenizer and their like are."""
+        ...
+
+    @property
     def format(self) -> str:
-        """ "huggingface" or "gguf"."""
+        """ "huggingface", "mindspore" or "gguf"."""
         ...
 
     @property
@@ -75,10 +80,13 @@ class Checkpoint(Protocol):
     def close(self) -> None: ...
 
 
-def open_checkpoint(path: str | Path, hf_config: Mapping[str, Any] | None = None) -> Checkpoint:
-    """Opens a Hugging Face directory, a GGUF file, or a directory that holds one.
+def open_checkpoint(
+    path: str | Path, hf_config: Mapping[str, Any] | None = None, qkv_layout: str | None = None
+) -> Checkpoint:
+    """Opens a Hugging Face directory, a GGUF file, MindSpore's `.ckpt` or safetensors, or a directory of one.
 
-    `hf_config` stands in for config.json where a directory of safetensors has none.
+    `hf_config` stands in for config.json where weights have none beside them. `qkv_layout` is that of a
+    MindFormers checkpoint with concatenated weights (`mindformers_names.LAYOUTS`).
 
     Raises:
         CheckpointError: nothing there, a format not supported, or a file that is damaged.
@@ -86,49 +94,72 @@ def open_checkpoint(path: str | Path, hf_config: Mapping[str, Any] | None = None
     path = Path(path).expanduser()
     try:
         if path.is_file():
-            return _open_file(path)
+            return _open_file(path, hf_config, qkv_layout)
         names = sorted(entry.name for entry in path.iterdir())
+        return _open_directory(path, names, hf_config, qkv_layout)
     except (OSError, ValueError) as error:
+        if isinstance(error, CheckpointError):
+            raise
         raise CheckpointError(
             f"{path}: cannot open the model ({getattr(error, 'strerror', error)})"
         ) from None
-    return _open_directory(path, names, hf_config)
 
 
-def _open_file(path: Path) -> Checkpoint:
+def _open_file(path: Path, hf_config: Mapping[str, Any] | None, qkv_layout: str | None) -> Checkpoint:
     if path.suffix == ".gguf":
         from llm_boost.checkpoint.gguf_checkpoint import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
-    if path.suffix == ".ckpt":
-        raise _mindspore_error(path)
-    raise CheckpointError(f"{path}: not a model; give a .gguf file, or the directory that holds config.json")
+    if path.suffix in (".ckpt", ".safetensors"):
+        return _open_weights(path, [path], None, hf_config, qkv_layout)
+    raise CheckpointError(
+        f"{path}: not a model; give a .gguf or .ckpt file, or the directory that holds config.json"
+    )
 
 
-def _open_directory(path: Path, names: list[str], hf_config: Mapping[str, Any] | None) -> Checkpoint:
+def _open_directory(
+    path: Path, names: list[str], hf_config: Mapping[str, Any] | None, qkv_layout: str | None
+) -> Checkpoint:
     weights = [n for n in names if n.endswith(".safetensors") or re.fullmatch(r"pytorch_model.*\.bin", n)]
     ggufs = [n for n in names if n.endswith(".gguf")]
     if weights or any(n.endswith(".index.json") for n in names):
-        from llm_boost.checkpoint.huggingface import HuggingFaceCheckpoint
+        from llm_boost.checkpoint.huggingface import weight_file_names
 
-        return HuggingFaceCheckpoint(path, hf_config)
+        files, index = weight_file_names(path)
+        return _open_weights(path, [path / name for name in files], index, hf_config, qkv_layout)
     if len(ggufs) == 1:
-        return _open_file(path / ggufs[0])
+        return _open_file(path / ggufs[0], None, None)
     if ggufs:
         raise CheckpointError(
             f"{path}: holds {len(ggufs)} GGUF files; name the one to use: {shown(ggufs, 200)}"
         )
     if any(n.endswith(".ckpt") or re.fullmatch(r"rank_\d+", n) for n in names):
-        raise _mindspore_error(path)
+        from llm_boost.checkpoint.mindformers import rank_files
+
+        return _open_weights(path, rank_files(path), None, hf_config, qkv_layout)
     if not names:
         raise CheckpointError(
             f"{path}: the directory is empty; it must hold config.json and *.safetensors, or a .gguf"
         )
-    raise CheckpointError(f"{path}: no *.safetensors, pytorch_model*.bin or .gguf file there")
+    raise CheckpointError(f"{path}: no *.safetensors, pytorch_model*.bin, .ckpt or .gguf file there")
 
 
-def _mindspore_error(path: Path) -> CheckpointError:
-    return CheckpointError(
-        f"{path}: MindSpore checkpoints (.ckpt files, rank_N folders) cannot be read; "
-        "give the model as Hugging Face safetensors or as GGUF"
-    )
+def _open_weights(
+    path: Path,
+    files: list[Path],
+    index: Mapping[str, str] | None,
+    hf_config: Mapping[str, Any] | None,
+    qkv_layout: str | None,
+) -> Checkpoint:
+    """Whose checkpoint it is, its tensors' names tell."""
+    from llm_boost.checkpoint.huggingface import HuggingFaceCheckpoint
+    from llm_boost.checkpoint.mindformers import MindFormersCheckpoint
+    from llm_boost.checkpoint.mindformers_names import is_mindformers
+    from llm_boost.checkpoint.weight_files import WeightFiles
+
+    weights = WeightFiles(path, files, index)
+    if files[0].suffix == ".ckpt" or is_mindformers(weights.tensors):
+        return MindFormersCheckpoint(path, weights, hf_config, qkv_layout)
+    if path.is_file():
+        raise CheckpointError(f"{path}: one file of a model; give the directory that holds its config.json")
+    return HuggingFaceCheckpoint(path, weights, hf_config)

@@ -45,7 +45,7 @@ class GGUFCheckpoint:
     format = "gguf"
 
     def __init__(self, path: Path) -> None:
-        self.path = path
+        self.path, self.folder = path, path.parent
         self._file = GGUFFile(path)
         self.metadata = self._file.metadata
         fields = Fields(self.metadata, str(path))

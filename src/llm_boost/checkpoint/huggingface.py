@@ -7,35 +7,15 @@ import json
 import re
 from collections.abc import Mapping
 from pathlib import Path, PurePosixPath
-from typing import Any, Protocol
+from typing import Any
 
-import ml_dtypes
-import numpy as np
 from numpy.typing import NDArray
 
-from llm_boost.checkpoint.checkpoint import TensorInfo
 from llm_boost.checkpoint.fields import read_json_object, shown
-from llm_boost.checkpoint.safetensors_reader import SafetensorsFile
+from llm_boost.checkpoint.weight_files import WeightFiles
 from llm_boost.errors import CheckpointError
 
-FLOATS = (np.dtype(np.float32), np.dtype(np.float16), np.dtype(ml_dtypes.bfloat16))
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
-
-
-class Shard(Protocol):
-    """One weight file."""
-
-    path: Path
-
-    def infos(self) -> dict[str, TensorInfo]: ...
-
-    def read(self, name: str) -> NDArray[Any]: ...
-
-    def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]: ...
-
-    def forget(self) -> None: ...
-
-    def close(self) -> None: ...
 
 
 class HuggingFaceCheckpoint:
@@ -43,69 +23,50 @@ class HuggingFaceCheckpoint:
 
     format = "huggingface"
 
-    def __init__(self, path: Path, hf_config: Mapping[str, Any] | None = None) -> None:
-        self.path = path
+    def __init__(self, path: Path, files: WeightFiles, hf_config: Mapping[str, Any] | None = None) -> None:
+        self.path = self.folder = path
         self.config = _config(path, hf_config)
-        generation = path / "generation_config.json"
-        self.generation_config = read_json_object(generation) if generation.is_file() else {}
+        self.generation_config = read_generation_config(path)
         self.metadata: dict[str, Any] = {}
-        files, index = _weight_files(path)
-        self._shards = [_open_shard(path / name) for name in files]
-        self._home = _locate(self._shards, index, path)
-        self.tensors: Mapping[str, TensorInfo] = {
-            name: shard.infos()[name] for name, shard in self._home.items()
-        }
+        self._files = files
+        self.tensors = files.tensors
 
     def read(self, name: str) -> NDArray[Any]:
         """See Checkpoint.read."""
-        return self._floats(name, self._shard(name).read(name))
+        return self._files.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """See Checkpoint.read_rows."""
-        shard = self._shard(name)
-        rows = (self.tensors[name].shape or (0,))[0]
-        if not 0 <= start <= stop <= rows:
-            raise ValueError(f"rows {start} to {stop} of {name}, which has {rows}")
-        return self._floats(name, shard.read_rows(name, start, stop))
+        return self._files.read_rows(name, start, stop)
 
     def fingerprint(self) -> str:
         """See Checkpoint.fingerprint."""
-        digest = hashlib.sha256()
-        for name in ("config.json", "generation_config.json"):
-            if (self.path / name).is_file():
-                digest.update(f"{name}\n".encode() + (self.path / name).read_bytes())
-        digest.update(json.dumps(self.config, sort_keys=True).encode())
-        for shard in self._shards:
-            stat = shard.path.stat()
-            digest.update(f"{shard.path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-            if isinstance(shard, SafetensorsFile):
-                digest.update(shard.header)
+        digest = hashlib.sha256(settings_bytes(self.path, self.config))
+        self._files.update_digest(digest)
         return digest.hexdigest()
 
     def forget(self) -> None:
         """See Checkpoint.forget."""
-        for shard in self._shards:
-            shard.forget()
+        self._files.forget()
 
     def close(self) -> None:
         """Lets go of the files; arrays already read stay valid."""
-        for shard in self._shards:
-            shard.close()
+        self._files.close()
 
-    def _shard(self, name: str) -> Shard:
-        if name not in self._home:
-            raise CheckpointError(f"{self.path}: has no tensor {shown(name)}")
-        return self._home[name]
 
-    def _floats(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
-        if tensor.dtype in FLOATS:
-            return tensor
-        if tensor.dtype == np.float64:
-            return tensor.astype(np.float32)
-        raise CheckpointError(
-            f"{self._home[name].path}: tensor {name} is {tensor.dtype}; weights must be float32, "
-            "float16 or bfloat16 (a quantised checkpoint can be read as GGUF)"
-        )
+def read_generation_config(folder: Path) -> dict[str, Any]:
+    """generation_config.json's keys; {} without one."""
+    path = folder / "generation_config.json"
+    return read_json_object(path) if path.is_file() else {}
+
+
+def settings_bytes(folder: Path, config: Mapping[str, Any]) -> bytes:
+    """config.json and generation_config.json, and the config in use, as part of a fingerprint."""
+    data = b""
+    for name in ("config.json", "generation_config.json"):
+        if (folder / name).is_file():
+            data += f"{name}\n".encode() + (folder / name).read_bytes()
+    return data + json.dumps(config, sort_keys=True).encode()
 
 
 def _config(path: Path, otherwise: Mapping[str, Any] | None) -> dict[str, Any]:
@@ -119,7 +80,7 @@ def _config(path: Path, otherwise: Mapping[str, Any] | None) -> dict[str, Any]:
     return dict(otherwise)
 
 
-def _weight_files(path: Path) -> tuple[list[str], dict[str, str] | None]:
+def weight_file_names(path: Path) -> tuple[list[str], dict[str, str] | None]:
     """The names of the files to read, and the index's weight_map, in transformers' order of search."""
     for single, index in (
         ("model.safetensors", "model.safetensors.index.json"),
@@ -166,27 +127,3 @@ def _check_all_parts(name: str, names: list[str], path: Path) -> None:
         wanted = f"{match[1]}-{part:05}-of-{match[3]}.safetensors"  # type: ignore[index]
         if wanted not in names:
             raise CheckpointError(f"{path / wanted}: this part of the model is missing; download it too")
-
-
-def _open_shard(path: Path) -> Shard:
-    if path.suffix == ".bin":
-        from llm_boost.checkpoint.torch_bin import TorchFile
-
-        return TorchFile(path)
-    return SafetensorsFile(path)
-
-
-def _locate(shards: list[Shard], index: dict[str, str] | None, path: Path) -> dict[str, Shard]:
-    """Which file holds which tensor; every tensor must stand in one file, the one that the index names."""
-    home: dict[str, Shard] = {}
-    for shard in shards:
-        for name in shard.infos():
-            if name in home:
-                raise CheckpointError(
-                    f"{path}: tensor {shown(name)} is in both {home[name].path.name} and {shard.path.name}"
-                )
-            home[name] = shard
-    for name, file in (index or {}).items():
-        if name not in home or home[name].path.name != file:
-            raise CheckpointError(f"{path / file}: has no tensor {shown(name)}, though the index says so")
-    return home

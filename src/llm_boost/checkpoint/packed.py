@@ -22,7 +22,8 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_boost.checkpoint.safetensors_reader import SafetensorsFile
-from llm_boost.checkpoint.safetensors_writer import Progress, TensorSpec, write_safetensors
+from llm_boost.checkpoint.safetensors_writer import TensorSpec, write_safetensors
+from llm_boost.checkpoint.whole_file import Progress
 from llm_boost.errors import CheckpointError
 
 FORMAT_VERSION = 1

@@ -77,6 +77,7 @@ def _check_against_checkpoint(yaml_config: LlmBoostYaml, path: Path, hf_config: 
 
     checkpoint = open_checkpoint(path, hf_config)
     try:
-        check_shapes(yaml_config, checkpoint.config, path / "config.json" if path.is_dir() else path)
+        config_file = path if checkpoint.format == "gguf" else checkpoint.folder / "config.json"
+        check_shapes(yaml_config, checkpoint.config, config_file)
     finally:
         checkpoint.close()

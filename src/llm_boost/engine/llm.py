@@ -70,20 +70,20 @@ def load_parts(
 
     checkpoint = open_checkpoint(model, hf_config)
     is_gguf = checkpoint.format == "gguf"
-    source = checkpoint.path if is_gguf else checkpoint.path / "config.json"
+    source = checkpoint.path if is_gguf else checkpoint.folder / "config.json"
     model_config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
     if is_gguf and not (vocab_file or merges_file or tokenizer_overrides):
         tokenizer = Tokenizer.from_gguf(checkpoint.metadata, source=str(checkpoint.path))
     else:
         tokenizer = load_tokenizer(
-            checkpoint.path if checkpoint.path.is_dir() else checkpoint.path.parent,
+            checkpoint.folder,
             vocab_file=None if vocab_file is None else Path(vocab_file),
             merges_file=None if merges_file is None else Path(merges_file),
             overrides=tokenizer_overrides,
         )
     release_free_memory()
     runner = NativeRunner.load(checkpoint, model_config, **runner_options)
-    settings = checkpoint.path if is_gguf else checkpoint.path / "generation_config.json"
+    settings = checkpoint.path if is_gguf else checkpoint.folder / "generation_config.json"
     return Parts(runner, tokenizer, model_config, checkpoint.generation_config, str(settings))
 
 
@@ -94,7 +94,7 @@ class LLM:
     any prompt runs; a model that fails while it runs raises EngineError.
 
     Args:
-        model: a Hugging Face directory or a GGUF file.
+        model: a Hugging Face directory, a GGUF file, or MindSpore's `.ckpt` or safetensors.
         dtype: of the weights: auto, float32, bfloat16, int8 or int4.
         max_model_len: tokens of prompt and output together; by default what the model was made for.
         threads: by default one for each physical core.

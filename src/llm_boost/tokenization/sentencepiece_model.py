@@ -1,23 +1,20 @@
 """Reader of sentencepiece's `tokenizer.model`, a protobuf whose schema is `sentencepiece_model.proto`.
 
-Only the few fields that encoding needs are read. Nothing is allocated beyond the file's own size: every
-length is checked against the bytes that are left before it is used.
+Only the few fields that encoding needs are read, and nothing is allocated beyond the file's own size.
 """
 
 from __future__ import annotations
 
 import re
 import struct
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from enum import IntEnum
 from pathlib import Path
 
 from llm_boost.errors import TokenizerError
+from llm_boost.protobuf import as_bytes, as_int32, as_text, read_fields
 
 _TIKTOKEN_LINE = re.compile(rb"[A-Za-z0-9+/]+=* \d+\r?\n")
-
-Value = int | memoryview
 
 
 class PieceType(IntEnum):
@@ -84,13 +81,13 @@ def read_sentencepiece_model(path: Path) -> SentencePieceModel:
 def parse_sentencepiece_model(data: bytes) -> SentencePieceModel:
     """Parse the protobuf; ValueError says what is wrong and at which byte."""
     model = SentencePieceModel()
-    for number, value in _fields(memoryview(data)):
+    for number, value in read_fields(memoryview(data)):
         if number == 1:
-            model.pieces.append(_piece(_message(value), len(model.pieces)))
+            model.pieces.append(_piece(as_bytes(value), len(model.pieces)))
         elif number == 2:
-            _read_trainer_spec(model, _message(value))
+            _read_trainer_spec(model, as_bytes(value))
         elif number == 3:
-            _read_normalizer_spec(model, _message(value))
+            _read_normalizer_spec(model, as_bytes(value))
     if not model.pieces:
         raise ValueError("it holds no pieces")
     return model
@@ -99,13 +96,13 @@ def parse_sentencepiece_model(data: bytes) -> SentencePieceModel:
 def _piece(data: memoryview, index: int) -> Piece:
     text, score, kind = "", 0.0, PieceType.NORMAL
     try:
-        for number, value in _fields(data):
+        for number, value in read_fields(data):
             if number == 1:
-                text = bytes(_message(value)).decode("utf-8")
+                text = as_text(value)
             elif number == 2:
-                (score,) = struct.unpack("<f", _message(value))
+                (score,) = struct.unpack("<f", as_bytes(value))
             elif number == 3:
-                kind = PieceType(_integer(value))
+                kind = PieceType(as_int32(value))
     except (ValueError, struct.error) as error:
         raise ValueError(f"piece {index}: {error}") from None
     if not text or score != score:
@@ -114,33 +111,33 @@ def _piece(data: memoryview, index: int) -> Piece:
 
 
 def _read_trainer_spec(model: SentencePieceModel, data: memoryview) -> None:
-    for number, value in _fields(data):
+    for number, value in read_fields(data):
         if number == 3:
-            model.model_type = _integer(value)
+            model.model_type = as_int32(value)
         elif number == 24:
-            model.whitespace_as_suffix = bool(_integer(value))
+            model.whitespace_as_suffix = bool(as_int32(value))
         elif number == 35:
-            model.byte_fallback = bool(_integer(value))
+            model.byte_fallback = bool(as_int32(value))
         elif number == 40:
-            model.unk_id = _integer(value)
+            model.unk_id = as_int32(value)
         elif number == 41:
-            model.bos_id = _integer(value)
+            model.bos_id = as_int32(value)
         elif number == 42:
-            model.eos_id = _integer(value)
+            model.eos_id = as_int32(value)
         elif number == 43:
-            model.pad_id = _integer(value)
+            model.pad_id = as_int32(value)
 
 
 def _read_normalizer_spec(model: SentencePieceModel, data: memoryview) -> None:
-    for number, value in _fields(data):
+    for number, value in read_fields(data):
         if number == 2:
-            model.charsmap = bytes(_message(value))
+            model.charsmap = bytes(as_bytes(value))
         elif number == 3:
-            model.add_dummy_prefix = bool(_integer(value))
+            model.add_dummy_prefix = bool(as_int32(value))
         elif number == 4:
-            model.remove_extra_whitespaces = bool(_integer(value))
+            model.remove_extra_whitespaces = bool(as_int32(value))
         elif number == 5:
-            model.escape_whitespaces = bool(_integer(value))
+            model.escape_whitespaces = bool(as_int32(value))
 
 
 def _require_supported(model: SentencePieceModel, path: Path) -> None:
@@ -159,57 +156,3 @@ def _require_supported(model: SentencePieceModel, path: Path) -> None:
             f"{path}: treat_whitespace_as_suffix={model.whitespace_as_suffix}, "
             f"escape_whitespaces={model.escape_whitespaces}; only false and true are supported"
         )
-
-
-def _fields(data: memoryview) -> Iterator[tuple[int, Value]]:
-    """The fields of one protobuf message: (number, varint or bytes)."""
-    position = 0
-    while position < len(data):
-        start = position
-        key, position = _varint(data, position)
-        number, wire_type = key >> 3, key & 7
-        if number == 0:
-            raise ValueError(f"field number 0 at byte {start}")
-        if wire_type == 0:
-            integer, position = _varint(data, position)
-            yield number, integer
-            continue
-        if wire_type == 2:
-            size, position = _varint(data, position)
-        elif wire_type in (1, 5):
-            size = 8 if wire_type == 1 else 4
-        else:
-            raise ValueError(f"wire type {wire_type} at byte {start}")
-        if size > len(data) - position:
-            raise ValueError(
-                f"field {number} at byte {start} says {size} bytes, {len(data) - position} are left"
-            )
-        yield number, data[position : position + size]
-        position += size
-
-
-def _varint(data: memoryview, position: int) -> tuple[int, int]:
-    result = 0
-    for index in range(10):
-        if position >= len(data):
-            raise ValueError("it ends in the middle of a number")
-        byte = data[position]
-        position += 1
-        result |= (byte & 0x7F) << (7 * index)
-        if byte < 0x80:
-            return result, position
-    raise ValueError(f"a number of more than ten bytes before byte {position}")
-
-
-def _message(value: Value) -> memoryview:
-    if isinstance(value, int):
-        raise ValueError(f"a number ({value}) where bytes belong")
-    return value
-
-
-def _integer(value: Value) -> int:
-    """An int32 or bool: negative numbers come as 64-bit two's complement."""
-    if not isinstance(value, int):
-        raise ValueError(f"{len(value)} bytes where a number belongs")
-    value &= 0xFFFFFFFF
-    return value - (1 << 32) if value >= 1 << 31 else value
