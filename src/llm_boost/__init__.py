@@ -10,16 +10,18 @@ from __future__ import annotations
 from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
+    from llm_boost.engine.async_llm import AsyncLLM
     from llm_boost.engine.llm import LLM
     from llm_boost.engine.outputs import CompletionOutput, RequestOutput
     from llm_boost.engine.sampling_params import SamplingParams
 
-__all__ = ["LLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
 
 __version__: str
 
 _LAZY = {
     "LLM": "llm_boost.engine.llm",
+    "AsyncLLM": "llm_boost.engine.async_llm",
     "SamplingParams": "llm_boost.engine.sampling_params",
     "RequestOutput": "llm_boost.engine.outputs",
     "CompletionOutput": "llm_boost.engine.outputs",

@@ -6,9 +6,11 @@ import zlib
 from collections.abc import Iterable
 from types import SimpleNamespace
 from typing import Any
+from unittest import mock
 
 import numpy as np
 
+from llm_boost.engine import llm as llm_module
 from llm_boost.engine.batch import Batch, FloatArray
 
 HISTORY = 4  # tokens that decide on the next one
@@ -154,3 +156,9 @@ def fake_parts(runner: FakeRunner | None = None, **generation_config: Any) -> An
         model_config=SimpleNamespace(architecture="Fake"),
         generation_config=generation_config,
     )
+
+
+def fake_llm(runner: FakeRunner | None = None, **options: Any) -> Any:
+    """An LLM on a fake runner, where no fixture is at hand."""
+    with mock.patch.object(llm_module, "load_parts", return_value=fake_parts(runner)):
+        return llm_module.LLM("model", **options)

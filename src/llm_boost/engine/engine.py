@@ -4,18 +4,21 @@ from __future__ import annotations
 
 import time
 from collections.abc import Collection, Iterable
+from heapq import heappop, heappush
+from typing import Any
 
 from llm_boost._native import Sampler
 from llm_boost.engine.batch import FloatArray, ModelRunner
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.build_batch import build_batch
 from llm_boost.engine.intake import EngineTokenizer, Intake
-from llm_boost.engine.outputs import RequestOutput
+from llm_boost.engine.outputs import FinishReason, RequestOutput
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.request import Completion, Request
 from llm_boost.engine.sampler import Sampled, sample
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler import Scheduler
+from llm_boost.engine.stats import EngineCounters, EngineStats
 from llm_boost.errors import ConfigError, RequestError
 
 DEFAULT_MAX_NUM_SEQS = 64
@@ -24,9 +27,9 @@ MAX_NUM_BATCHED_TOKENS = 1 << 20
 
 
 class Engine:
-    """Runs many requests at once on one model. Not thread-safe: one thread adds, steps and aborts.
+    """Runs many requests at once on one model. One thread submits, steps and aborts; any may `prepare`.
 
-    Every request that `add` accepts gets exactly one finished RequestOutput, from `step` or from `abort`.
+    Every request that is submitted gets exactly one finished RequestOutput, from `step` or from `abort`.
     """
 
     def __init__(
@@ -51,7 +54,8 @@ class Engine:
         self._intake = Intake(runner, tokenizer, eos_token_ids, seed)
         self._requests: dict[str, Request] = {}
         self._by_number: dict[int, Request] = {}
-        self._next_number = 0
+        self._deadlines: list[tuple[float, int]] = []  # a heap, with the requests' numbers
+        self._counters = EngineCounters()
 
     @staticmethod
     def check_limits(max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
@@ -73,29 +77,53 @@ class Engine:
     def has_work(self) -> bool:
         return bool(self._requests)
 
-    def add(
-        self, prompt: Prompt, params: SamplingParams, *, request_id: str | None = None, stream: bool = False
-    ) -> str:
-        """Accepts a request and returns its id; RequestError for one that can never run.
+    def add(self, prompt: Prompt, params: SamplingParams, **options: Any) -> str:
+        """Prepares a request, submits it, and returns its id."""
+        request = self.prepare(prompt, params, **options)
+        self.submit(request)
+        return request.request_id
 
-        With `stream` every step publishes the output so far, else only the end is published.
+    def prepare(
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        stream: bool = False,
+        priority: int = 0,
+        timeout: float | None = None,
+    ) -> Request:
+        """The request that a prompt and its parameters make; RequestError for one that can never run.
+
+        Args:
+            stream: every step publishes the output so far; else only the end is published.
+            priority: lower comes first, in waiting and in keeping its memory, as in vLLM; but one that has
+                waited PRIORITY_STEP_SECONDS comes before newer ones of the priority before its own.
+            timeout: seconds from now until it ends, with the finish reason "timeout" and what there is.
         """
-        number = self._next_number
-        request_id = str(number) if request_id is None else request_id
-        if request_id in self._requests:
-            raise RequestError(f"request_id: got {request_id!r}, which is running; allowed one that is not")
-        request = self._intake.request(number, request_id, prompt, params, stream=stream)
-        self._next_number += 1
-        self._requests[request_id] = self._by_number[number] = request
+        return self._intake.request(
+            prompt, params, request_id=request_id, stream=stream, priority=priority, timeout=timeout
+        )
+
+    def submit(self, request: Request) -> None:
+        """Lets a prepared request take part in the steps that follow."""
+        if request.request_id in self._requests:
+            raise RequestError(
+                f"request_id: got {request.request_id!r}, which is running; allowed one that is not"
+            )
+        self._requests[request.request_id] = self._by_number[request.number] = request
         for completion in request.completions:
             self.scheduler.add(completion.sequence)
-        return request_id
+        if request.deadline is not None:
+            heappush(self._deadlines, (request.deadline, request.number))
 
     def step(self) -> list[RequestOutput]:
         """Computes one batch; the outputs of requests that end with it, and of streaming ones that grow."""
+        start = time.monotonic()
+        ended = self._end_overdue(start)
         chunks = self.scheduler.schedule()
         if not chunks:
-            return []
+            return ended
         last = [self._completion(chunk.sequence.order) for chunk in chunks if chunk.is_last]
         try:
             logits = self.runner.run(build_batch(chunks))
@@ -104,21 +132,36 @@ class Engine:
             everyone = [self._completion(chunk.sequence.order) for chunk in chunks]
             for completion in everyone:
                 self._fail(completion, f"the model failed: {_one_line(error)}")
-            return self._publish(everyone)
+            return ended + self._publish(everyone)
         for chunk in chunks:
             chunk.sequence.num_computed += chunk.num_tokens
         for completion, sampled in zip(last, samples, strict=True):
             self._append(completion, sampled)
-        return self._publish(last)
+        self._counters.count(sum(chunk.num_tokens for chunk in chunks), len(last), time.monotonic() - start)
+        return ended + self._publish(last)
 
     def abort(self, request_id: str) -> RequestOutput | None:
         """Ends a request; its finished output, or None when no such request is under way."""
         request = self._requests.get(request_id)
-        if request is None:
-            return None
+        return None if request is None else self._end(request, "abort")
+
+    def stats(self) -> EngineStats:
+        """How the engine is doing; may be asked from any thread."""
+        return self._counters.stats(self.scheduler)
+
+    def _end_overdue(self, now: float) -> list[RequestOutput]:
+        ended = []
+        while self._deadlines and self._deadlines[0][0] <= now:
+            request = self._by_number.get(heappop(self._deadlines)[1])
+            if request is not None:
+                ended.append(self._end(request, "timeout"))
+        return ended
+
+    def _end(self, request: Request, reason: FinishReason) -> RequestOutput:
+        """Ends what still runs of a request; its finished output."""
         for completion in request.completions:
             if completion.finish_reason is None:
-                completion.finish_reason = "abort"
+                completion.finish_reason = reason
                 self.scheduler.finish(completion.sequence)
         return self._finished(request)
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 import time
 from collections.abc import Collection, Iterable
 from typing import Protocol
@@ -20,6 +21,11 @@ from llm_boost.errors import RequestError
 
 _CONTEXT_TOKENS = 8  # of the prompt, enough to tell the detokeniser that text came before
 
+# A request comes before those of the next priority that arrived up to this much earlier: none waits for ever.
+PRIORITY_STEP_SECONDS = 60.0
+MAX_PRIORITY = 2**31 - 1
+MAX_TIMEOUT_SECONDS = 1e6
+
 
 class EngineTokenizer(Encoder, Protocol):
     """What the engine needs of a tokenizer."""
@@ -30,7 +36,7 @@ class EngineTokenizer(Encoder, Protocol):
 
 
 class Intake:
-    """Checks what is asked against the model's limits and makes the request."""
+    """Checks what is asked against the model's limits and makes the request. Safe to use from any thread."""
 
     def __init__(
         self, runner: ModelRunner, tokenizer: EngineTokenizer, eos_token_ids: Collection[int], seed: int
@@ -39,21 +45,39 @@ class Intake:
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
         self._seed = seed
+        self._numbers = itertools.count()
 
     def request(
-        self, number: int, request_id: str, prompt: Prompt, params: SamplingParams, *, stream: bool
+        self,
+        prompt: Prompt,
+        params: SamplingParams,
+        *,
+        request_id: str | None = None,
+        stream: bool = False,
+        priority: int = 0,
+        timeout: float | None = None,
     ) -> Request:
+        """See `Engine.prepare`."""
         arrival = time.monotonic()
+        _check_priority(priority)
+        _check_timeout(timeout)
         text, ids = tokenize(prompt, self._tokenizer, self._runner.vocab_size)
         room = self._room_after(len(ids))
         self._check_vocabulary(params)
+        number = next(self._numbers)
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         max_blocks = -(-(len(ids) + max_tokens) // self._runner.block_size)
         eos_token_ids = frozenset[int]() if params.ignore_eos else self._eos_token_ids
         seed = self._seed_of(number, params)
         completions = [
             Completion(
-                sequence=Sequence((number, index), ids, max_tokens, max_blocks),
+                sequence=Sequence(
+                    (number, index),
+                    ids,
+                    max_tokens,
+                    max_blocks,
+                    urgency=arrival + priority * PRIORITY_STEP_SECONDS,
+                ),
                 text=TextOutput(
                     self._tokenizer.stream(params.skip_special_tokens, after=ids[-_CONTEXT_TOKENS:].tolist()),
                     params,
@@ -66,7 +90,16 @@ class Intake:
             for index in range(params.n)
         ]
         metrics = RequestMetrics(arrival, num_prompt_tokens=len(ids))
-        return Request(number, request_id, text, ids.tolist(), stream, metrics, completions)
+        return Request(
+            number=number,
+            request_id=str(number) if request_id is None else request_id,
+            prompt=text,
+            prompt_token_ids=ids.tolist(),
+            stream=stream,
+            metrics=metrics,
+            deadline=None if timeout is None else arrival + timeout,
+            completions=completions,
+        )
 
     def _room_after(self, num_prompt_tokens: int) -> int:
         """How many tokens may follow a prompt."""
@@ -96,6 +129,22 @@ class Intake:
         if params.seed is not None:
             return params.seed % 2**64
         return int(np.random.SeedSequence([self._seed, number]).generate_state(1, np.uint64)[0])
+
+
+def _check_priority(priority: int) -> None:
+    allowed = f"an integer from {-MAX_PRIORITY} to {MAX_PRIORITY}"
+    if isinstance(priority, bool) or not isinstance(priority, int) or abs(priority) > MAX_PRIORITY:
+        raise RequestError(f"priority: got {priority!r}, allowed {allowed}; lower comes first")
+
+
+def _check_timeout(timeout: float | None) -> None:
+    if timeout is None:
+        return
+    number = isinstance(timeout, (int, float)) and not isinstance(timeout, bool)
+    if not number or not 0 < timeout <= MAX_TIMEOUT_SECONDS:
+        raise RequestError(
+            f"timeout: got {timeout!r}, allowed seconds above 0 and at most {MAX_TIMEOUT_SECONDS:g}"
+        )
 
 
 def _sampling_row(

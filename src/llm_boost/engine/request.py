@@ -70,6 +70,7 @@ class Request:
     prompt_token_ids: list[int]
     stream: bool  # publish each step, not the end alone
     metrics: RequestMetrics
+    deadline: float | None = None  # on the monotonic clock
     completions: list[Completion] = field(default_factory=list)
     error: str | None = None
 

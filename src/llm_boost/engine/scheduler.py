@@ -9,7 +9,7 @@ from typing import NamedTuple
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.sequence import Sequence
 
-_ORDER = attrgetter("order")
+_RANK = attrgetter("rank")
 
 
 class Chunk(NamedTuple):
@@ -25,7 +25,7 @@ class Chunk(NamedTuple):
 
 
 class Scheduler:
-    """First come, first served.
+    """First come, first served, where "first" is a sequence's rank.
 
     Each step takes one token of every decoding sequence, then chunks of the prompts under way, then
     prompts that wait, until `max_num_batched_tokens` are taken or `max_num_seqs` sequences run. A sequence is
@@ -38,7 +38,7 @@ class Scheduler:
         self.blocks = blocks
         self.max_num_seqs = max_num_seqs
         self.max_num_batched_tokens = max_num_batched_tokens
-        self.waiting: list[Sequence] = []  # both in the order of arrival
+        self.waiting: list[Sequence] = []  # both by rank
         self.running: list[Sequence] = []
         self.num_preemptions = 0
 
@@ -47,7 +47,7 @@ class Scheduler:
         return bool(self.waiting or self.running)
 
     def add(self, sequence: Sequence) -> None:
-        insort(self.waiting, sequence, key=_ORDER)
+        insort(self.waiting, sequence, key=_RANK)
 
     def finish(self, sequence: Sequence) -> None:
         """Forgets a sequence, wherever it is."""
@@ -99,7 +99,7 @@ class Scheduler:
         if donor:
             self.blocks.share(donor, sequence, shared)
         self.blocks.grow(sequence)
-        insort(self.running, self.waiting.pop(0), key=_ORDER)
+        insort(self.running, self.waiting.pop(0), key=_RANK)
         return sequence
 
     def _find_donor(self, sequence: Sequence) -> tuple[Sequence | None, int]:

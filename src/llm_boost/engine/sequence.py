@@ -10,8 +10,9 @@ from llm_boost.engine.batch import Int32Array
 class Sequence:
     """A prompt and the tokens made from it so far.
 
-    `order` is (request number, index in the request): who came first. Tokens 0 .. num_computed - 1 are in
-    the cache; a step computes the next, and once all are computed the logits of the last give a new token.
+    `order` is (request number, index in the request); `rank` says who comes first, the smaller does. Tokens
+    0 .. num_computed - 1 are in the cache; a step computes the next, and once all are computed the logits of
+    the last give a new token.
     """
 
     __slots__ = (
@@ -22,10 +23,20 @@ class Sequence:
         "num_prompt_tokens",
         "num_tokens",
         "order",
+        "rank",
     )
 
-    def __init__(self, order: tuple[int, int], prompt: Int32Array, max_tokens: int, max_blocks: int) -> None:
+    def __init__(
+        self,
+        order: tuple[int, int],
+        prompt: Int32Array,
+        max_tokens: int,
+        max_blocks: int,
+        *,
+        urgency: float = 0.0,
+    ) -> None:
         self.order = order
+        self.rank = (urgency, *order)
         self.num_prompt_tokens = self.num_tokens = len(prompt)
         self.num_computed = 0
         self.num_blocks = 0
