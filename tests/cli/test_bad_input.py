@@ -153,7 +153,7 @@ def test_a_directory_that_holds_no_model(refused, model, tmp_path):
     )
     (model / "model.safetensors").unlink()
     assert refused("--model", model, "hi").startswith(
-        f"{model}: no *.safetensors, pytorch_model*.bin or .gguf"
+        f"{model}: no *.safetensors, pytorch_model*.bin, .ckpt or .gguf"
     )
 
 
