@@ -10,6 +10,7 @@ from hypothesis.stateful import RuleBasedStateMachine, initialize, invariant, pr
 
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.scheduler import Scheduler
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 from llm_boost.errors import EngineError
 
@@ -29,7 +30,8 @@ class SchedulerMachine(RuleBasedStateMachine):
         self.capacity = num_blocks * block_size
         self.blocks = BlockManager(num_blocks, block_size)
         self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=data.draw(st.integers(1, budget)), max_num_batched_tokens=budget
+            self.blocks,
+            SchedulerConfig(max_num_seqs=data.draw(st.integers(1, budget)), max_num_batched_tokens=budget),
         )
         self.live: dict[tuple[int, int], Sequence] = {}
         self.number = 0
@@ -54,8 +56,8 @@ class SchedulerMachine(RuleBasedStateMachine):
     def step(self) -> None:
         chunks = self.scheduler.schedule()
         assert bool(chunks) == bool(self.live), "work waits, yet nothing runs"
-        assert sum(chunk.num_tokens for chunk in chunks) <= self.scheduler.max_num_batched_tokens
-        assert len(self.scheduler.running) <= self.scheduler.max_num_seqs
+        assert sum(chunk.num_tokens for chunk in chunks) <= self.scheduler.config.max_num_batched_tokens
+        assert len(self.scheduler.running) <= self.scheduler.config.max_num_seqs
         scheduled = {chunk.sequence.order for chunk in chunks}
         assert len(scheduled) == len(chunks)
         for sequence in self.scheduler.running:
@@ -129,7 +131,7 @@ def test_grow_takes_all_or_nothing() -> None:
 
 
 def test_decodes_come_before_prompts_and_prompts_fill_the_budget() -> None:
-    scheduler = Scheduler(BlockManager(64, 4), max_num_seqs=4, max_num_batched_tokens=10)
+    scheduler = Scheduler(BlockManager(64, 4), SchedulerConfig(max_num_seqs=4, max_num_batched_tokens=10))
     first, second, third = (make_sequence((i, 0), n, 8, 4) for i, n in enumerate((4, 13, 5)))
     for sequence in (first, second, third):
         scheduler.add(sequence)
@@ -150,7 +152,7 @@ def test_decodes_come_before_prompts_and_prompts_fill_the_budget() -> None:
 
 
 def test_the_newest_gives_way_and_comes_back_first() -> None:
-    scheduler = Scheduler(BlockManager(4, 2), max_num_seqs=3, max_num_batched_tokens=16)
+    scheduler = Scheduler(BlockManager(4, 2), SchedulerConfig(max_num_seqs=3, max_num_batched_tokens=16))
     old, new, last = (make_sequence((i, 0), n, 4, 2) for i, n in enumerate((2, 3, 1)))
     scheduler.add(old)
     scheduler.add(new)

@@ -9,11 +9,12 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_boost.engine.batch import ModelRunner
-from llm_boost.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS, Engine
+from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
 from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.sampling_params import SamplingParams
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.vllm_options import check_vllm_options
 from llm_boost.errors import CheckpointError, RequestError
 
@@ -123,8 +124,8 @@ class LLM:
         block_size: int | None = None,
         num_blocks: int | None = None,
         kv_cache_memory: int | None = None,
-        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
-        max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs: int = SchedulerConfig.max_num_seqs,
+        max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
@@ -133,7 +134,8 @@ class LLM:
         **vllm_options: Any,
     ) -> None:
         check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters)[:-1])
-        Engine.check_limits(max_num_seqs, max_num_batched_tokens, seed)
+        scheduling = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        check_seed(seed)
         self._parts = load_parts(
             model,
             vocab_file=vocab_file,
@@ -155,8 +157,7 @@ class LLM:
             self._parts.runner,
             self._parts.tokenizer,
             self._eos_token_ids(),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            scheduling,
             seed=seed,
             threads=self._parts.runner.threads,
         )

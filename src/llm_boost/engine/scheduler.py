@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from llm_boost.engine.block_manager import BlockManager
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 
 _RANK = attrgetter("rank")
@@ -33,11 +34,9 @@ class Scheduler:
     none, the newest sequence gives up its blocks and waits to be computed again: the oldest always ends.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        assert 1 <= max_num_seqs <= max_num_batched_tokens  # or a decode could find the budget spent
+    def __init__(self, blocks: BlockManager, config: SchedulerConfig) -> None:
         self.blocks = blocks
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.config = config
         self.waiting: list[Sequence] = []  # both by rank
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -56,7 +55,7 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
+        budget = self.config.max_num_batched_tokens
         short_of_blocks = self._make_room()
         for sequence in sorted(self.running, key=lambda s: s.num_uncomputed > 1):  # decodes first
             if budget == 0:
@@ -87,7 +86,7 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Moves the first waiting sequence to the running ones, if there is room."""
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
+        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return None
         sequence = self.waiting[0]
         donor, shared = self._find_donor(sequence)
