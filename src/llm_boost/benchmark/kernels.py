@@ -1,4 +1,4 @@
-"""Single kernels, through the plan that the engine runs: the linear of each format, attention, activations."""
+"""Single kernels, through the plan that the engine runs: linear, attention, conversion of activations."""
 
 from __future__ import annotations
 
@@ -24,6 +24,7 @@ BLOCK_SIZE = 32
 # arithmetic is the limit of a linear, and one matrix will do.
 STREAMED_BYTES = 256 << 20
 FEW_TOKENS = 16
+SECONDS = 2.0  # of one kernel; slower ones get fewer samples
 
 Step = Callable[[], float]  # runs once, returns seconds of one call of the kernel
 
@@ -61,7 +62,7 @@ class Measured:
         return self.num_operations / statistics.median(self.seconds)
 
     def roofline(self, limits: Limits) -> float:
-        """Share of the time that the machine's limits alone would take: the slower of reading and computing."""
+        """The time that the machine's limits alone would take, reading or computing, over the median."""
         computing = self.num_operations / limits.dot_rate(self.format) if self.num_operations else 0.0
         return max(self.num_bytes / limits.bandwidth, computing) / statistics.median(self.seconds)
 
@@ -96,8 +97,12 @@ class _Sampler:
     repetitions: int
 
     def __call__(self, step: Step) -> list[float]:
+        """At least one sample after the warm-up, then until SECONDS or the repetitions are used up."""
         step()
-        return [step() for _ in range(self.repetitions)]
+        end, seconds = time.perf_counter() + SECONDS, [step()]
+        while len(seconds) < self.repetitions and time.perf_counter() < end:
+            seconds.append(step())
+        return seconds
 
 
 def _check_memory(shape: Shape, tokens: Sequence[int], contexts: Sequence[int]) -> None:
@@ -167,7 +172,7 @@ def _linear_step(
 def _attentions(
     sample: _Sampler, isas: Sequence[str], shape: Shape, fmt: str, context: int
 ) -> Iterator[Measured]:
-    """One token that looks back on `context`, and a prompt of that length; rotation and cache writes included."""
+    """One token that looks back on `context`, and a prompt of that length; with rotation and cache writes."""
     element = 4 if fmt == "float32" else 2
     layer_bytes = 2 * shape.kv_heads * shape.head_dim * context * element
     pair = 4.0 * shape.heads * shape.head_dim  # operations for a query and a key: q k and p v
@@ -175,10 +180,18 @@ def _attentions(
         layers = -(-STREAMED_BYTES // layer_bytes)
         decode = _Attention(sample.threads, isa, shape, fmt, context, layers, max_tokens=BLOCK_SIZE * 16)
         decode.fill()
+        step = decode.step(1)
         yield Measured(
-            "attention", isa, fmt, f"context {context}", 1, layer_bytes, pair * context, sample(decode.step(1))
+            "attention",
+            isa,
+            fmt,
+            f"context {context}",
+            1,
+            layer_bytes,
+            pair * context,
+            sample(decode.step(1)),
         )
-        del decode
+        del decode, step
         prefill = _Attention(sample.threads, isa, shape, fmt, context, 1, max_tokens=context)
         pairs = context * (context + 1) / 2
         yield Measured(
@@ -210,9 +223,7 @@ class _Attention:
         qkv, out = self._plan.buffer(width), self._plan.buffer(shape.heads * shape.head_dim)
         self._table = _embed(self._plan, max_tokens, width, qkv)
         for layer in range(layers):
-            self._plan.attention(
-                qkv, layer, None, None, 0.0, shape.head_dim, shape.head_dim**-0.5, out
-            )
+            self._plan.attention(qkv, layer, None, None, 0.0, shape.head_dim, shape.head_dim**-0.5, out)
         _end(self._plan, qkv, width)
 
     def fill(self) -> None:

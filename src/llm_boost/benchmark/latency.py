@@ -5,17 +5,20 @@ from __future__ import annotations
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
-from llm_boost.benchmark.subject import Room, Subject
-from llm_boost.engine.batch import Batch
-from llm_boost.engine.native_runner import DEFAULT_BLOCK_SIZE, NativeRunner, Progress
+from llm_boost.benchmark.dummy import planned_bytes
+from llm_boost.benchmark.subject import MADE_DTYPE, Room, Subject
+from llm_boost.engine.batch import Batch, Int32Array
+from llm_boost.engine.hardware import available_memory
+from llm_boost.engine.native_runner import DEFAULT_BLOCK_SIZE, NativeRunner, Progress, cache_block_bytes
 from llm_boost.errors import ConfigError
 from llm_boost.models.config import ModelConfig
 
 CHUNK = 512  # tokens of a prefill step, as in serving
+MEMORY_SHARE = 0.9  # of what is free, for weights and caches
 WARM_UP_SECONDS = 3.0  # a longer warm-up warms nothing more
 
 
@@ -27,6 +30,11 @@ class Case:
     tokens: int
     depth: int
     batch: int
+
+    @property
+    def blocks(self) -> int:
+        """Of the cache, each sequence having its own."""
+        return self.batch * -(-(self.depth + self.tokens) // DEFAULT_BLOCK_SIZE)
 
     @property
     def name(self) -> str:
@@ -88,20 +96,38 @@ def make_cases(
     )
 
 
-def room_for(cases: Sequence[Case], config: ModelConfig) -> Room:
-    """A runner's sizes, such that each case just fits; ConfigError for one longer than the model."""
-    length = max(case.depth + case.tokens for case in cases)
-    if length > config.max_model_len:
-        raise ConfigError(
-            f"depth: the longest test takes {length} tokens, allowed at most {config.max_model_len}, "
-            "the length that the model was made for"
-        )
-    sequences = max(case.batch for case in cases)
+def fitting_cases(
+    cases: Sequence[Case], config: ModelConfig, dtypes: Sequence[str]
+) -> tuple[list[Case], dict[Case, str]]:
+    """The cases that model and memory have room for, and why the others have to be left out.
+
+    Raises:
+        ConfigError: none of them fits.
+    """
+    names = [MADE_DTYPE if dtype == "auto" else dtype for dtype in dtypes]
+    weights = sum(planned_bytes(config, name) for name in names)
+    memory = int(MEMORY_SHARE * available_memory()) - weights
+    block = sum(cache_block_bytes(config, name, DEFAULT_BLOCK_SIZE) for name in names)
+    reasons = {}
+    for case in cases:
+        length, cache = case.depth + case.tokens, block * case.blocks
+        if length > config.max_model_len:
+            reasons[case] = f"{length} tokens, and the model was made for {config.max_model_len}"
+        elif cache > memory:
+            reasons[case] = f"its cache takes {cache / 1e9:.1f} GB, {max(memory, 0) / 1e9:.1f} GB are free"
+    fitting = [case for case in cases if case not in reasons]
+    if not fitting:
+        raise ConfigError(f"no test fits; {cases[0].name}: {reasons[cases[0]]}")
+    return fitting, reasons
+
+
+def room_for(cases: Sequence[Case]) -> Room:
+    """A runner's sizes, such that each case just fits."""
     return {
-        "max_model_len": length,
+        "max_model_len": max(case.depth + case.tokens for case in cases),
         "block_size": DEFAULT_BLOCK_SIZE,
-        "num_blocks": sequences * _blocks(length),
-        "max_num_batched_tokens": max(CHUNK, sequences),
+        "num_blocks": max(case.blocks for case in cases),
+        "max_num_batched_tokens": max(CHUNK, *(case.batch for case in cases)),
     }
 
 
@@ -110,7 +136,7 @@ class _Bench:
     """A subject at work: what its cache holds, and what was learnt of its pace."""
 
     subject: Subject
-    filled: dict[int, int] = field(default_factory=dict)  # sequence -> blocks whose keys and values are there
+    filled: int = 0  # blocks, from the first on, whose keys and values are there
     prefill_seconds: float = 0.0  # of a token; 0 until one has run
     step_seconds: float = 0.0  # of decode, of one sequence
 
@@ -119,12 +145,12 @@ class _Bench:
 
         Each block is filled as a short prompt of its own: what its tokens attended to changes no speed.
         """
-        todo = self._unfilled(case)
-        for i in range(0, len(todo), CHUNK // DEFAULT_BLOCK_SIZE):
-            blocks = todo[i : i + CHUNK // DEFAULT_BLOCK_SIZE]
-            step = _step(self.subject.runner, np.array(blocks, np.int32)[:, None], 0, DEFAULT_BLOCK_SIZE)
+        end = case.blocks if case.depth else 0
+        for start in range(self.filled, end, CHUNK // DEFAULT_BLOCK_SIZE):
+            blocks = np.arange(start, min(start + CHUNK // DEFAULT_BLOCK_SIZE, end), dtype=np.int32)
+            step = _step(self.subject.runner, blocks[:, None], 0, DEFAULT_BLOCK_SIZE)
             self.prefill_seconds = _run(self.subject.runner, [step]) / len(step.token_ids)
-        self.filled |= {sequence: _blocks(case.depth) for sequence in self._shallower(case)}
+        self.filled = max(self.filled, end)
 
     def warm_up(self, steps: Sequence[Batch]) -> None:
         end = time.perf_counter() + WARM_UP_SECONDS
@@ -143,21 +169,11 @@ class _Bench:
 
     def estimate(self, case: Case, repetitions: int) -> float:
         """Seconds that a case will take; too few while nothing like it has run."""
-        fill = len(self._unfilled(case)) * DEFAULT_BLOCK_SIZE * self.prefill_seconds
+        unfilled = max(0, case.blocks - self.filled) if case.depth else 0
+        fill = unfilled * DEFAULT_BLOCK_SIZE * self.prefill_seconds
         step = max(self.step_seconds, case.batch * self.prefill_seconds)
         once = case.tokens * (self.prefill_seconds if case.kind == "pp" else step)
         return fill + min(once, WARM_UP_SECONDS) + repetitions * once
-
-    def _shallower(self, case: Case) -> list[int]:
-        return [s for s in range(case.batch) if self.filled.get(s, 0) < _blocks(case.depth)]
-
-    def _unfilled(self, case: Case) -> list[int]:
-        own = _blocks(self.subject.runner.max_model_len)
-        return [
-            sequence * own + block
-            for sequence in self._shallower(case)
-            for block in range(self.filled.get(sequence, 0), _blocks(case.depth))
-        ]
 
 
 def measure(
@@ -202,10 +218,6 @@ def _measure_case(benches: Sequence[_Bench], case: Case, repetitions: int) -> li
     ]
 
 
-def _blocks(tokens: int) -> int:
-    return -(-tokens // DEFAULT_BLOCK_SIZE)
-
-
 def _chunks(start: int, stop: int) -> list[tuple[int, int]]:
     return [(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK)]
 
@@ -218,8 +230,7 @@ def _run(runner: NativeRunner, steps: Sequence[Batch]) -> float:
 
 
 def _batches(case: Case, runner: NativeRunner) -> list[Batch]:
-    own = _blocks(runner.max_model_len)  # each sequence has its own blocks
-    tables = np.arange(case.batch * own, dtype=np.int32).reshape(case.batch, own)
+    tables = np.arange(case.blocks, dtype=np.int32).reshape(case.batch, -1)
     if case.kind == "tg":
         return [_step(runner, tables, case.depth + i, 1, logits=True) for i in range(case.tokens)]
     end = case.depth + case.tokens
@@ -227,7 +238,7 @@ def _batches(case: Case, runner: NativeRunner) -> list[Batch]:
 
 
 def _step(
-    runner: NativeRunner, block_tables: np.ndarray, start: int, count: int, *, logits: bool = False
+    runner: NativeRunner, block_tables: Int32Array, start: int, count: int, *, logits: bool = False
 ) -> Batch:
     """`count` random tokens for each of the sequences in `block_tables`, after the `start` that it has."""
     n = len(block_tables)

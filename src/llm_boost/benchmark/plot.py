@@ -39,9 +39,7 @@ def _roofline(axes: Any, results: Sequence[Result], limits: Limits) -> None:
         axes.plot([i for i, _ in own], [r.operations_per_second / GIGA for _, r in own], "o", label=dtype)
         for intensity, result in own:
             place = (intensity, result.operations_per_second / GIGA)
-            axes.annotate(
-                result.case.name, place, fontsize=7, xytext=(4, -8), textcoords="offset points"
-            )
+            axes.annotate(result.case.name, place, fontsize=7, xytext=(4, -8), textcoords="offset points")
     axes.set(xscale="log", yscale="log", xlabel="operations per byte read", ylabel="GOP/s", title="Roofline")
     axes.legend(fontsize=8)
     axes.grid(alpha=0.3, which="both")

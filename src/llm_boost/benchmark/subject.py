@@ -28,6 +28,8 @@ from llm_boost.engine.native_runner import (
 from llm_boost.errors import ConfigError
 from llm_boost.models.config import ModelConfig, expected_tensors
 
+MADE_DTYPE = "bfloat16"  # what auto means for weights that are made up
+
 
 class Room(TypedDict):
     """The sizes of a runner that holds what is measured, and no more."""
@@ -89,9 +91,22 @@ class Subject:
         return self.runner.cache_bytes // (self.runner.num_blocks * self.runner.block_size)
 
 
+def read_config(path: Path, *, dummy: bool) -> ModelConfig:
+    """Of a model, or (with `dummy`) of a config.json alone; raises CheckpointError or ConfigError."""
+    if dummy:
+        if not path.is_dir():
+            raise ConfigError(f"load_format: got dummy with {path}, allowed a directory with a config.json")
+        source = path / "config.json"
+        return ModelConfig.from_hf(read_json_object(source), str(source))
+    checkpoint = open_checkpoint(path)
+    source = path / "config.json" if path.is_dir() else path
+    return ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
+
+
 def load_subject(
     path: Path,
-    room: Callable[[ModelConfig], Room],
+    config: ModelConfig,
+    room: Room,
     *,
     dtype: str,
     dummy: bool,
@@ -99,26 +114,23 @@ def load_subject(
     cache_dir: Path,
     progress: Progress | None = None,
 ) -> Subject:
-    """Loads `path` (with `dummy` its config.json alone), with a cache of the size that `room` says.
+    """Loads the model of `config` from `path`, or makes it up.
 
     Raises:
         CheckpointError: the model cannot be read. ConfigError: it does not fit the memory.
     """
     if dummy:
-        return Subject(_make(path, room, dtype, threads), None)
+        return Subject(_make(config, room, dtype, threads), None)
 
     def load() -> NativeRunner:
-        checkpoint = open_checkpoint(path)
-        source = path / "config.json" if path.is_dir() else path
-        config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
         runner = NativeRunner.load(
-            checkpoint,
+            open_checkpoint(path),
             config,
             dtype=dtype,
             threads=threads,
             cache_dir=cache_dir,
             progress=progress,
-            **room(config),
+            **room,
         )
         runner.run(_one_token())
         return runner
@@ -159,18 +171,14 @@ def _one_token() -> Batch:
     return Batch(zero, np.array([0, 1], np.int32), one, one, zero[None], zero)
 
 
-def _make(path: Path, room: Callable[[ModelConfig], Room], dtype: str, threads: int | None) -> NativeRunner:
-    if not path.is_dir():
-        raise ConfigError(f"load_format: got dummy with {path}, allowed a directory with a config.json")
-    source = path / "config.json"
-    config = ModelConfig.from_hf(read_json_object(source), str(source))
-    sizes, dtype = room(config), "bfloat16" if dtype == "auto" else dtype
-    cache_bytes = sizes["num_blocks"] * cache_block_bytes(config, dtype, DEFAULT_BLOCK_SIZE)
+def _make(config: ModelConfig, room: Room, dtype: str, threads: int | None) -> NativeRunner:
+    dtype = MADE_DTYPE if dtype == "auto" else dtype
+    cache_bytes = room["num_blocks"] * cache_block_bytes(config, dtype, DEFAULT_BLOCK_SIZE)
     return NativeRunner(
         config,
         dummy_model(config, dtype, cache_bytes),
         dtype=dtype,
         threads=threads or default_threads(),
         isa=choose_isa(),
-        **sizes,
+        **room,
     )

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import statistics
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import TYPE_CHECKING, Any
 
 import click
@@ -19,6 +19,7 @@ from llm_boost.cli.bench_report import (
     table,
     versions,
 )
+from llm_boost.cli.options import F
 from llm_boost.cli.progress import ProgressBar
 from llm_boost.errors import ConfigError
 
@@ -34,7 +35,7 @@ Examples:
 """
 
 
-def _size(name: str, default: int, what: str) -> Any:
+def _size(name: str, default: int, what: str) -> Callable[[F], F]:
     return click.option(
         name, type=click.IntRange(1, 1 << 20), default=default, show_default=True, metavar="N", help=what
     )
@@ -47,7 +48,7 @@ def _size(name: str, default: int, what: str) -> Any:
 @click.option("--threads", type=click.IntRange(1, 1024), metavar="N", help="(default: the processor's cores)")
 @_size("--rows", 8192, "Of the linear's weight: values out.")
 @_size("--cols", 4096, "Of the linear's weight: values in.")
-@click.option("--tokens", type=Counts(1), default="1,16,512", show_default=True, help="Batches of the linear.")
+@click.option("--tokens", type=Counts(1), default="1,16,512", show_default=True, help="Of the linear.")
 @_size("--heads", 32, "Of attention.")
 @_size("--kv_heads", 8, "Of attention; they divide its heads.")
 @_size("--head_dim", 128, "Of attention: a multiple of 16.")

@@ -31,7 +31,6 @@ if TYPE_CHECKING:
     from llm_boost.benchmark.latency import Result
     from llm_boost.benchmark.limits import Limits
     from llm_boost.benchmark.subject import Subject
-    from llm_boost.config.run_config import RunConfig
     from llm_boost.evaluation import Quality
 
 _EXAMPLES = """\b
@@ -115,19 +114,37 @@ def latency_command(
     content = None if text is None else read_text(text)
     reference_dtype = check_dtype("--reference_dtype", reference_dtype)
 
-    from llm_boost.benchmark.latency import make_cases, measure, room_for
+    from llm_boost.benchmark.latency import fitting_cases, make_cases, measure, room_for
     from llm_boost.benchmark.limits import Limits, forget_peak_memory, peak_memory
+    from llm_boost.benchmark.subject import load_subject, read_config
 
-    cases = make_cases(pp, pp_depth, tg, depth, batch)
-    subjects = _load(path, configs, lambda config: room_for(cases, config), dummy=load_format == "dummy")
+    dummy = load_format == "dummy"
+    config = read_config(path, dummy=dummy)
+    cases, without_room = fitting_cases(
+        make_cases(pp, pp_depth, tg, depth, batch), config, [c.dtype for c in configs]
+    )
+    for case, reason in without_room.items():
+        note(f"left out: {case.name}: {reason}")
+    with ProgressBar("packing weights") as progress:
+        subjects = [
+            load_subject(
+                path,
+                config,
+                room_for(cases),
+                dtype=run.dtype,
+                dummy=dummy,
+                threads=run.threads,
+                cache_dir=run.cache_dir,
+                progress=progress,
+            )
+            for run in configs
+        ]
     forget_peak_memory()  # of packing
     with ProgressBar("measuring", unit="tests") as progress:
-        results, left_out = measure(
-            subjects, cases, repetitions, seconds=60 * max_minutes, progress=progress
-        )
+        results, left_out = measure(subjects, cases, repetitions, seconds=60 * max_minutes, progress=progress)
     memory = peak_memory()  # before the probe of the bandwidth and the reference take their own
     for case, seconds in left_out.items():
-        note(f"left out: {case.name}, about {seconds / 60:.1f} min; --max_minutes (now {max_minutes:g}) allows it")
+        note(f"left out: {case.name}: about {seconds / 60:.1f} min; raise --max_minutes {max_minutes:g}")
     limits = Limits(subjects[0].runner.threads)
     qualities = (
         {}
@@ -142,7 +159,7 @@ def latency_command(
         "versions": versions(),
         "models": [_model(subject, qualities) for subject in subjects],
         "tests": [_test(result, limits) for result in results],
-        "left_out": [case.name for case in left_out],
+        "left_out": [case.name for case in (*without_room, *left_out)],
         "peak_memory": memory,
     }
     if picture:
@@ -172,24 +189,6 @@ def _check_plot(plot: str | None) -> Path | None:
     except ImportError:
         raise ConfigError('--plot needs matplotlib: pip install "llm-boost[plot]"') from None
     return path
-
-
-def _load(path: Path, configs: Sequence[RunConfig], room: Any, *, dummy: bool) -> list[Subject]:
-    from llm_boost.benchmark.subject import load_subject
-
-    with ProgressBar("packing weights") as progress:
-        return [
-            load_subject(
-                path,
-                room,
-                dtype=config.dtype,
-                dummy=dummy,
-                threads=config.threads,
-                cache_dir=config.cache_dir,
-                progress=progress,
-            )
-            for config in configs
-        ]
 
 
 # ---- what is said of them
@@ -226,9 +225,7 @@ def _test(result: Result, limits: Limits) -> dict[str, Any]:
     }
 
 
-def _table(
-    name: str, results: Sequence[Result], limits: Limits, qualities: Mapping[str, Quality]
-) -> str:
+def _table(name: str, results: Sequence[Result], limits: Limits, qualities: Mapping[str, Quality]) -> str:
     rows = []
     for result in results:
         runner, test = result.subject.runner, _test(result, limits)

@@ -17,9 +17,10 @@ if TYPE_CHECKING:
     from llm_boost.config.run_config import Resolved
 
 
-def build_llm(resolved: Resolved) -> LLM:
+def build_llm(resolved: Resolved, **engine_options: int) -> LLM:
     """Loads the model that the configuration names; raises CheckpointError or ConfigError.
 
+    `engine_options` are arguments of LLM that a configuration does not have, such as max_num_seqs.
     What the user should know of the choice of a tokenizer is added to `resolved.notes`.
     """
     config = resolved.config
@@ -53,6 +54,7 @@ def build_llm(resolved: Resolved) -> LLM:
             tokenizer_overrides=overrides or None,
             hf_config=hf_config,
             progress=progress,
+            **engine_options,
         )
 
 

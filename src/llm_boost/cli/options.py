@@ -42,9 +42,7 @@ _DTYPES = click.option(
     multiple=True,
     help="float32 (fp32), bfloat16 (bf16), int8, int4, or auto (the default); several take turns.",
 )
-_THREADS = click.option(
-    "--threads", type=int, metavar="N", help="Threads (default: the processor's cores)."
-)
+_THREADS = click.option("--threads", type=int, metavar="N", help="Threads (default: the processor's cores).")
 _CACHE_DIR = click.option(
     "--cache_dir", metavar="DIR", help="Packed and pulled models (default: ~/.cache/llm-boost)."
 )
