@@ -15,9 +15,8 @@ LENGTHS = (1, 17, 300)
 
 def load(tmp_path: Path, **options: object) -> LLM:
     model = TESTS / "golden_models" / "llama"
-    return LLM(
-        model, dtype="float32", threads=2, max_model_len=352, block_size=16, cache_dir=tmp_path, **options
-    )
+    options = {"dtype": "float32", "threads": 2, "max_model_len": 352, "block_size": 16, **options}
+    return LLM(model, cache_dir=tmp_path, **options)
 
 
 def test_preemption_and_chunks_change_no_token(tmp_path: Path) -> None:
@@ -47,3 +46,27 @@ def test_completions_that_share_a_prompt_are_those_of_a_lone_one(tmp_path: Path,
     assert len({tuple(text) for text in texts}) == 3
     (again,) = llm.generate(prompt, SamplingParams(n=3, **asked))
     assert [completion.token_ids for completion in again.outputs] == texts
+
+
+@pytest.mark.parametrize("dtype", ["float32", "int8"])
+@pytest.mark.parametrize("temperature", [0.0, 1.0])
+def test_a_cached_beginning_changes_no_token(tmp_path: Path, dtype: str, temperature: float) -> None:
+    """Of prompts one after another, at once in one step, and after a conversation's first answer."""
+    params = SamplingParams(temperature=temperature, seed=5, max_tokens=20, ignore_eos=True)
+    common = list(range(3, 3 + 40))
+    prompts = [{"prompt_token_ids": [*common, *range(60, 60 + i)]} for i in (0, 1, 5, 9, 30)]
+    options = {"num_blocks": 64, "max_num_batched_tokens": 64, "dtype": dtype}
+    plain = load(tmp_path, enable_prefix_caching=False, **options)
+    cached = load(tmp_path, **options)
+    expected = [plain.generate(prompt, params)[0].outputs[0].token_ids for prompt in prompts]
+    together = cached.generate(prompts, params)
+    assert [output.outputs[0].token_ids for output in together] == expected
+    assert [output.num_cached_tokens for output in together] == [0, 32, 32, 32, 48]
+    again = [cached.generate(prompt, params)[0] for prompt in prompts]
+    assert [output.outputs[0].token_ids for output in again] == expected
+    assert [output.num_cached_tokens for output in again] == [32, 32, 32, 48, 64]
+    follow_up = {"prompt_token_ids": [*again[0].prompt_token_ids, *expected[0], 7]}
+    (answer,) = cached.generate(follow_up, params)
+    assert answer.num_cached_tokens == 48
+    assert answer.outputs[0].token_ids == plain.generate(follow_up, params)[0].outputs[0].token_ids
+    cached.engine.blocks.check_integrity([])

@@ -106,6 +106,8 @@ class LLM:
         max_num_seqs: sequences that run at the same time.
         max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
             smoother for the requests that run beside them.
+        enable_prefix_caching: what the KV cache still holds of a prompt's beginning is not computed again.
+            Prompts given as dictionaries may have a `cache_salt`: those of different salts share nothing.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
         progress: called with (bytes done, bytes in all) while the weights are packed.
@@ -126,6 +128,7 @@ class LLM:
         kv_cache_memory: int | None = None,
         max_num_seqs: int = SchedulerConfig.max_num_seqs,
         max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
+        enable_prefix_caching: bool = SchedulerConfig.enable_prefix_caching,
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
@@ -134,7 +137,11 @@ class LLM:
         **vllm_options: Any,
     ) -> None:
         check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters)[:-1])
-        scheduling = SchedulerConfig(max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens)
+        scheduling = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+        )
         check_seed(seed)
         self._parts = load_parts(
             model,

@@ -144,6 +144,9 @@ class NativeRunner:
     def cache_bytes(self) -> int:
         return int(self._plan.cache_bytes)
 
+    def position_salt(self, num_prompt_tokens: int) -> int:
+        return self._rope.salt(num_prompt_tokens)
+
     def run(self, batch: Batch) -> FloatArray:
         counts = np.diff(batch.seq_starts)
         first = batch.context_lens - counts - batch.seq_starts[:-1]
