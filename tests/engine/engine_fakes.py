@@ -24,6 +24,7 @@ class FakeRunner:
     """
 
     weight_bytes = 1234
+    cache_bytes = 4321
     threads = 2
     isa = "fake"
 

@@ -33,6 +33,9 @@ class LoadedRunner(ModelRunner, Protocol):
     def weight_bytes(self) -> int: ...
 
     @property
+    def cache_bytes(self) -> int: ...
+
+    @property
     def threads(self) -> int: ...
 
     @property
@@ -101,8 +104,9 @@ class LLM:
         threads: by default one for each physical core.
         seed: for requests without a seed of their own.
         cache_dir: where packed weights are kept.
-        block_size, num_blocks, kv_cache_memory: of the KV cache, in tokens, blocks and bytes; by default
-            chosen to hold max_num_seqs sequences within a part of the free memory.
+        block_size: of the KV cache, in tokens.
+        num_blocks, kv_cache_memory: its size in blocks, or in bytes. By default it holds max_num_seqs
+            sequences of max_model_len, or what fits in half of the memory that the weights leave free.
         max_num_seqs: sequences that run at the same time.
         max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
             smoother for the requests that run beside them.
@@ -186,6 +190,16 @@ class LLM:
     def weight_bytes(self) -> int:
         """Size of the packed weights."""
         return self._parts.runner.weight_bytes
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the KV cache holds, of all sequences together."""
+        return self._parts.runner.num_blocks * self._parts.runner.block_size
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory that a full KV cache takes; what is not used yet takes none."""
+        return self._parts.runner.cache_bytes
 
     @property
     def threads(self) -> int:
