@@ -67,7 +67,8 @@ def measure_throughput(engine: Engine, jobs: Sequence[Job], progress: Progress |
     Raises:
         RequestError: a job that the engine cannot run. EngineError: the model failed.
     """
-    _run(engine, [Job(jobs[0].prompt_token_ids[:WARM_UP_TOKENS], jobs[0].params)], None)
+    warm_up = jobs[0].prompt_token_ids[: -WARM_UP_TOKENS - 1 : -1]  # backwards: no beginning to find again
+    _run(engine, [Job(warm_up, jobs[0].params)], None)
     before = engine.stats()
     start = time.monotonic()
     metrics = _run(engine, jobs, progress)

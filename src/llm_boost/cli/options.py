@@ -63,6 +63,15 @@ def split_dtypes(dtypes: Sequence[str]) -> list[str | None]:
     return list(dict.fromkeys(name for given in dtypes for name in given.split(","))) or [None]
 
 
+def cache_options(function: F) -> F:
+    """Flags of the verbs that answer prompts."""
+    return click.option(
+        "--kv_cache_memory",
+        metavar="SIZE",
+        help="Memory for keys and values, as 2GB (default: what is needed and can be spared).",
+    )(function)
+
+
 def note(line: str) -> None:
     """One line for the user, on stderr."""
     click.echo(f"llm-boost: {line}", err=True)
