@@ -30,8 +30,7 @@ class LlamaCpp:
 
     def _context(self, tokens: int, sequences: int):
         params = api.llama_context_default_params()
-        params.n_ctx, params.n_batch, params.n_ubatch = tokens, SILENCE = api.llama_log_callback(lambda level, text, data: None)
-MAX_BATCH, MICRO_BATCH
+        params.n_ctx, params.n_batch, params.n_ubatch = tokens, MAX_BATCH, MICRO_BATCH
         params.n_seq_max, params.kv_unified = sequences, True
         params.n_threads = params.n_threads_batch = self._options.threads
         params.flash_attn_type = 1  # on
