@@ -160,6 +160,47 @@ def test_every_request_ends_exactly_once(script: list[tuple[Any, ...]], budget: 
     assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
+def test_a_crash_leaves_nothing_to_be_found() -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    engine.add(tokens([9] * 20), params)
+    drain(engine)
+    engine.add(tokens([9] * 20), params)
+    runner.crash = True
+    (failed,) = engine.step()
+    runner.crash = False
+    assert failed.num_cached_tokens == 16
+    again = engine.add(tokens([9] * 20), params)
+    output = drain(engine)[again]
+    assert output.num_cached_tokens == 0
+    assert output.outputs[0].token_ids == runner.greedy([9] * 20, 4)
+
+
+def test_prompts_of_different_salts_share_nothing() -> None:
+    engine = make_engine()
+    cached = []
+    for salt in ("a", None, "b", "a"):
+        prompt = tokens([9] * 20) | ({"cache_salt": salt} if salt else {})
+        request_id = engine.add(prompt, SamplingParams(max_tokens=1))
+        cached.append(drain(engine)[request_id].num_cached_tokens)
+    assert cached == [0, 0, 0, 16]
+    for salt in ("", 5):
+        with pytest.raises(RequestError, match="cache_salt: got"):
+            engine.add(tokens([9]) | {"cache_salt": salt}, SamplingParams())
+
+
+def test_prompts_whose_positions_turn_differently_share_nothing() -> None:
+    runner = FakeRunner()
+    runner.position_salt = lambda num_prompt_tokens: max(num_prompt_tokens, 24)  # type: ignore[method-assign]
+    engine = make_engine(runner)
+    cached = []
+    for length in (20, 24, 25, 26, 25):
+        request_id = engine.add(tokens([9] * length), SamplingParams(max_tokens=1))
+        cached.append(drain(engine)[request_id].num_cached_tokens)
+    assert cached == [0, 20, 0, 0, 24]
+
+
 def test_a_row_that_is_not_finite_fails_its_request_alone() -> None:
     runner = FakeRunner()
     runner.poisoned_tokens = {50}
@@ -206,12 +247,9 @@ def test_completions_of_a_prompt_share_its_full_blocks() -> None:
     prompt = list(range(2, 23))  # 21 tokens: five full blocks and one token
     request_id = engine.add(tokens(prompt), SamplingParams(n=4, seed=3, max_tokens=3, ignore_eos=True))
     engine.step()
-    assert len(engine.scheduler.running) == 1
-    engine.step()
     assert len(engine.scheduler.running) == 4
     assert engine.blocks.num_blocks - engine.blocks.num_free == 5 + 4
-    computed = sum(len(batch.token_ids) for batch in runner.batches)
-    assert computed == 21 + 1 + 3, "the shared blocks were computed again"
+    assert len(runner.batches[0].token_ids) == 21 + 3, "the shared blocks were computed again"
     outputs = drain(engine)[request_id].outputs
     assert [c.index for c in outputs] == [0, 1, 2, 3]
     assert len({tuple(c.token_ids) for c in outputs}) > 1

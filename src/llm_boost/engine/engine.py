@@ -44,11 +44,11 @@ class Engine:
         config = config or SchedulerConfig()
         check_seed(seed)
         self.runner = runner
-        self.blocks = BlockManager(runner.num_blocks, runner.block_size)
+        self.blocks = BlockManager(runner.num_blocks, runner.block_size, caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config)
         self._tokenizer = tokenizer
         self._sampler = TokenSampler(runner.vocab_size, threads, self._text_of)
-        self._intake = Intake(runner, tokenizer, eos_token_ids, seed)
+        self._intake = Intake(runner, tokenizer, eos_token_ids, config, seed)
         self._requests: dict[str, Request] = {}
         self._by_number: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap, with the requests' numbers
@@ -111,11 +111,11 @@ class Engine:
             samples = self._sampler.sample(logits, last)
         except Exception as error:  # this batch's completions end with it, the loop does not
             everyone = [self._completion(chunk.sequence.order) for chunk in chunks]
+            self.blocks.forget()
             for completion in everyone:
                 self._fail(completion, f"the model failed: {_one_line(error)}")
             return ended + self._publish(everyone)
-        for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
+        self.scheduler.computed(chunks)
         for completion, sampled in zip(last, samples, strict=True):
             self._append(completion, sampled)
         self._counters.count(sum(chunk.num_tokens for chunk in chunks), len(last), time.monotonic() - start)

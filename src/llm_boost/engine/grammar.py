@@ -215,8 +215,8 @@ class GrammarCompiler:
 class GrammarMasks:
     """The masks of a step: a bit for each token, of each row that has a grammar.
 
-    Filled one after another: a mask takes some 40 microseconds, and llguidance's own threads, which spin before
-    they sleep, would slow down the model's by more than they save.
+    Filled one after another: a mask takes some 40 microseconds, and llguidance's own threads, which spin
+    before they sleep, would slow down the model's by more than they save.
     """
 
     def __init__(self, vocab_size: int) -> None:
