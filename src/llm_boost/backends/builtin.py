@@ -134,6 +134,7 @@ def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_opti
         "cache_dir": config.cache_dir,
         "block_size": config.block_size,
         "num_blocks": config.num_blocks,
+        "kv_cache_memory": config.kv_cache_memory,
         "vocab_file": config.vocab_file,
         "merges_file": config.merges_file,
         "tokenizer_overrides": overrides or None,
