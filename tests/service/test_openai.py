@@ -113,7 +113,7 @@ def test_content_in_parts_and_stop_strings(client: openai.OpenAI) -> None:
         (
             {"messages": [{"role": "king", "content": "x"}]},
             "messages[0].role",
-            "must be system, user, assistant or tool",
+            "role must be system, assistant, user or tool",
         ),
         ({"top_logprobs": 21}, "top_logprobs", "[0, 20]"),
         ({"logprobs": False, "top_logprobs": 2}, "top_logprobs", "must be true or null"),

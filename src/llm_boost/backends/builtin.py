@@ -39,8 +39,8 @@ class BuiltinBackend:
             vocab_size=runner.vocab_size,
             dtype=llm.dtype,
             weight_bytes=llm.weight_bytes,
-            max_num_seqs=llm.engine.scheduler.max_num_seqs,
-            max_num_batched_tokens=llm.engine.scheduler.max_num_batched_tokens,
+            max_num_seqs=llm.engine.scheduler.config.max_num_seqs,
+            max_num_batched_tokens=llm.engine.scheduler.config.max_num_batched_tokens,
             block_size=runner.block_size,
         )
 

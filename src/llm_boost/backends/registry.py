@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 from importlib import import_module
-from importlib.metadata import entry_points
 from typing import cast
 
 from llm_boost.backends.backend import Backend
@@ -16,6 +15,8 @@ _OWN = {"BuildIn": "llm_boost.backends.builtin:BuiltinBackend"}
 
 def backend_class(name: str) -> type[Backend]:
     """The backend's class, imported now; ConfigError when there is none or it cannot be used here."""
+    from importlib.metadata import entry_points  # slow to load
+
     others = {entry.name: entry.value for entry in entry_points(group=ENTRY_POINTS)}
     known = {**others, **_OWN}
     if name not in known:

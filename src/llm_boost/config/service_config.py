@@ -257,6 +257,9 @@ def _engine_options(config: MindieConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_model_len": config.deploy.maxSeqLen,
         "max_num_seqs": schedule.maxBatchSize,
+        "max_num_batched_tokens": max(
+            schedule.maxBatchSize, 512
+        ),  # each running sequence needs a token a step
         "block_size": schedule.cacheBlockSize,
     }
     if config.model.npuMemSize > 0:
