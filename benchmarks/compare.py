@@ -152,7 +152,9 @@ def table(workers: list[Worker]) -> str:
             if all(column in row for row in first.rows):
                 ratios = [a[column] / b[column] for a, b in zip(worker.rows, first.rows, strict=True)]
                 cells[-1] += f" (x {statistics.median(ratios):.2f})"
-        cells += [f"{worker.about[name]:.5g}" if name in worker.about else "" for name in ("kl", "perplexity")]
+        cells += [
+            f"{worker.about[name]:.5g}" if name in worker.about else "" for name in ("kl", "perplexity")
+        ]
         lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
 

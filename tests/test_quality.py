@@ -8,11 +8,10 @@ from __future__ import annotations
 
 import os
 from collections.abc import Callable
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 from functools import cache
 from pathlib import Path
 
-import numpy as np
 import pytest
 
 from llm_boost import LLM, _native
@@ -37,10 +36,11 @@ class Gate:
 
 GATES = [
     Gate("float32", mean_kl=1e-8, perplexity_ratio=1.0001),
-    Gate("bfloat16", mean_kl=1, perplexity_ratio=2),
-    Gate("int8", mean_kl=1, perplexity_ratio=2),
-    Gate("int4", mean_kl=1, perplexity_ratio=2),
+    Gate("bfloat16", mean_kl=0.00022, perplexity_ratio=1.005),
+    Gate("int8", mean_kl=0.0038, perplexity_ratio=1.015),
+    Gate("int4", mean_kl=0.21, perplexity_ratio=1.08),
 ]
+FEW_TOKENS_SLACK = 1.4  # so few tokens say less of the mean
 
 
 class Recorded:
@@ -95,6 +95,7 @@ def test_what_a_dtype_costs(measure: Callable[[str, str], Quality], isa: str, ga
     assert quality.scored_tokens == TOKENS.get(isa, MANY_TOKENS) - 1
     assert quality.mean_kl is not None
     assert quality.reference_perplexity is not None
-    assert quality.mean_kl <= gate.mean_kl
+    slack = FEW_TOKENS_SLACK if isa in TOKENS else 1.0
+    assert quality.mean_kl <= slack * gate.mean_kl
     ratio = quality.perplexity / quality.reference_perplexity
-    assert 1 / gate.perplexity_ratio <= ratio <= gate.perplexity_ratio
+    assert abs(ratio - 1) <= slack * (gate.perplexity_ratio - 1)

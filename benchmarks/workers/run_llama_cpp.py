@@ -74,7 +74,11 @@ class LlamaCpp:
         start = time.perf_counter()
         self._decode(
             self._pool,
-            [(s, p, token, p == len(ids) - 1) for s, ids in enumerate(prompts) for p, token in enumerate(ids)],
+            [
+                (s, p, token, p == len(ids) - 1)
+                for s, ids in enumerate(prompts)
+                for p, token in enumerate(ids)
+            ],
         )
         # All prompts fit one batch, so that each sequence's last row has its logits.
         tokens = [self._greedy(self._pool, sum(map(len, prompts[: s + 1])) - 1) for s in range(len(prompts))]
