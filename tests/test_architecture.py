@@ -24,8 +24,12 @@ ARROWS: dict[str, set[str]] = {
     "llm_boost": {"engine"},
     "evaluation": {"engine", "errors"},
     "benchmark": {"_native", "checkpoint", "engine", "errors", "models"},
+    "backends": {"checkpoint", "config", "engine", "errors", "suggest", "tokenization"},
+    # of the engine its data alone: outputs, prompts, sampling parameters, stats
+    "service": {"backends", "config", "engine", "errors", "llm_boost", "suggest"},
     "cli": {
         "_native",
+        "backends",
         "benchmark",
         "checkpoint",
         "config",
@@ -33,6 +37,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "evaluation",
         "llm_boost",
+        "service",
         "suggest",
     },
 }
