@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import llm_boost
 from llm_boost.cli.load import build_llm
 from llm_boost.config.llm_boost_yaml import read_llm_boost_yaml
 from llm_boost.config.run_config import resolve
@@ -36,7 +35,7 @@ CONFIG = {
 def asked(monkeypatch):
     """The keyword arguments of each LLM made."""
     made = []
-    monkeypatch.setitem(llm_boost.__dict__, "LLM", lambda **arguments: made.append(arguments))
+    monkeypatch.setattr("llm_boost.engine.llm.LLM", lambda **arguments: made.append(arguments))
     return made
 
 
@@ -89,7 +88,7 @@ def test_without_a_file_the_checkpoint_is_left_to_the_engine(asked, checkpoint):
 
 
 def test_a_gguf_keeps_its_own_tokenizer(asked, checkpoint, yaml_config, monkeypatch):
-    monkeypatch.setattr("llm_boost.cli.load._check_against_checkpoint", lambda *args: None)
+    monkeypatch.setattr("llm_boost.backends.builtin._check_against_checkpoint", lambda *args: None)
     gguf = checkpoint / "model.gguf"
     gguf.touch()
     resolved = resolve({"model": str(gguf)}, yaml_config, {})
