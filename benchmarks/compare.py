@@ -1,4 +1,4 @@
-"""Speed and quality of the built-in engine beside other engines, in one run, taking turns: ours, theirs, ours.
+"""Speed and quality of the built-in engine beside others, in one run, taking turns: ours, theirs, ours.
 
 A worker process an engine holds its model and does what it is asked, so that drift of the machine falls on
 all alike; ratios are taken repetition by repetition. Other engines live in their own environments:

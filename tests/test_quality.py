@@ -1,7 +1,7 @@
 """The quality gates: what each dtype may cost a real model, on every instruction set that the processor has.
 
-`make quality` fetches SmolLM2-135M and runs them. Bounds lie a quarter or so above what was measured when they
-were set: a kernel that costs accuracy fails here, whatever its other tests say of it.
+`make quality` fetches SmolLM2-135M and runs them. Bounds lie a quarter or so above what was measured when
+they were set: a kernel that costs accuracy fails here, whatever its other tests say of it.
 """
 
 from __future__ import annotations

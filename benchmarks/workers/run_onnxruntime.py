@@ -1,4 +1,4 @@
-"""ONNX Runtime GenAI; MODEL is a directory that `onnxruntime_genai.models.builder` wrote. It does not batch."""
+"""ONNX Runtime GenAI, which does not batch; MODEL is a directory of `onnxruntime_genai.models.builder`."""
 
 from __future__ import annotations
 

@@ -50,7 +50,7 @@ class Vllm:
         return self._run(prompts, new)[1]
 
     def logits(self, tokens: list[int]) -> np.ndarray:
-        """What the model computes on the way to the log-probabilities of a prompt, which vLLM returns singly."""
+        """What the model computes on the way to a prompt's log-probabilities, which vLLM returns singly."""
         seen: list[np.ndarray] = []
         params = self._sampling(max_tokens=1, prompt_logprobs=0, temperature=0)
 

@@ -1,4 +1,4 @@
-"""What a worker is: one engine with one model, in the engine's own environment, that does what compare.py asks.
+"""What a worker is: one engine with one model, in its own environment, that does what compare.py asks.
 
     PYTHON run_ENGINE.py MODEL DTYPE THREADS LONGEST BATCH
 
