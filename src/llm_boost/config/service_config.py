@@ -161,6 +161,8 @@ def _planes(base: ServiceConfig, given: Mapping[str, Any]) -> tuple[Plane, Plane
 
     def beside(plane: Plane, flag: str) -> Plane:
         shared = plane == base.business
+        if shared and flag not in given:
+            return business
         return Plane(
             given.get("host", plane.host) if shared else plane.host,
             given.get(flag, business.port if shared else plane.port),
