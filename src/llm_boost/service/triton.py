@@ -12,13 +12,12 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from llm_boost.engine.outputs import RequestOutput
-from llm_boost.service.body import Says
+from llm_boost.service.body import Body, Says
 from llm_boost.service.choices import Follower
 from llm_boost.service.endpoint import Call, Endpoint
 from llm_boost.service.events import SSE, EventStream
 from llm_boost.service.faults import Fault, invalid
 from llm_boost.service.mindie_models import GenerationParameters
-from llm_boost.service.openai_models import Body
 from llm_boost.service.service import Ask
 from llm_boost.service.tgi_shapes import finish_reason
 
