@@ -22,6 +22,7 @@ from llm_boost.engine.structured_outputs import StructuredOutputsParams
 from llm_boost.errors import EngineError, LLMBoostError, RequestError
 from llm_boost.service.admission import Admission
 from llm_boost.service.faults import Fault, invalid
+from llm_boost.service.idle_timeout import IdleTimeout
 from llm_boost.service.metrics import Metrics
 from llm_boost.suggest import did_you_mean
 
@@ -175,18 +176,17 @@ class Service:
         self, outputs: AsyncGenerator[RequestOutput, None], ask: Ask, start: float
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs; a Fault when a token or the whole takes too long, or the engine fails."""
-        by_token = self.config.limits.token_timeout
-        while True:
-            try:
-                with _as_faults(), anyio.fail_after(by_token):
-                    output = await anext(outputs)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise _timeout("server tokenTimeout") from None
-            if any(completion.finish_reason == "timeout" for completion in output.outputs):
-                raise _timeout(self._seconds(ask)[1])
-            yield output
+        with _as_faults(), IdleTimeout(self.config.limits.token_timeout) as per_token:
+            while True:
+                try:
+                    output = await per_token.wait(anext(outputs))
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise _timeout("server tokenTimeout") from None
+                if any(completion.finish_reason == "timeout" for completion in output.outputs):
+                    raise _timeout(self._seconds(ask)[1])
+                yield output
 
     @contextlib.asynccontextmanager
     async def _in_time(self, ask: Ask, start: float, place: Any) -> AsyncGenerator[None, None]:

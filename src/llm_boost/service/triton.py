@@ -3,12 +3,12 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from pydantic import Field
+from pydantic_core import to_json
 from starlette.responses import JSONResponse, Response
 
 from llm_boost.engine.outputs import RequestOutput
@@ -133,7 +133,7 @@ async def _events(call: Call) -> AsyncGenerator[bytes, None]:
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data:" + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data:" + to_json(value) + b"\n\n"
 
 
 class StepClock:
