@@ -20,6 +20,8 @@ from llm_boost.suggest import did_you_mean
 _VERBS = {  # verb: (module with a click command of the verb's name and suffix _command, one line of help)
     "predict": ("llm_boost.cli.predict", "Complete prompts, or answer them with --chat."),
     "pull": ("llm_boost.cli.pull", "Fetch a model into the cache."),
+    "convert": ("llm_boost.cli.convert", "A checkpoint in another format: Hugging Face, MindSpore, GGUF."),
+    "inspect": ("llm_boost.cli.inspect", "What a checkpoint is; whether two hold the same."),
     "eval": ("llm_boost.cli.eval", "Perplexity of a text, and KL divergence from a reference dtype."),
     "bench": ("llm_boost.cli.bench", "Speed of a model or of the kernels, beside the machine's limits."),
     "doctor": ("llm_boost.cli.doctor", "What this machine can do, and what that means for speed."),
