@@ -25,8 +25,12 @@ ARROWS: dict[str, set[str]] = {
     "llm_boost": {"engine"},
     "evaluation": {"engine", "errors"},
     "benchmark": {"_native", "checkpoint", "engine", "errors", "models"},
+    "backends": {"checkpoint", "config", "engine", "errors", "suggest", "tokenization"},
+    # of the engine its data alone: outputs, prompts, sampling parameters, stats
+    "service": {"backends", "config", "engine", "errors", "llm_boost", "suggest"},
     "cli": {
         "_native",
+        "backends",
         "benchmark",
         "checkpoint",
         "config",
@@ -35,6 +39,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "evaluation",
         "llm_boost",
+        "service",
         "suggest",
     },
 }

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import itertools
 import time
-from collections.abc import Collection, Iterable
+from collections.abc import Collection, Hashable, Iterable
 from typing import Protocol
 
 import numpy as np
@@ -12,9 +12,10 @@ import numpy as np
 from llm_boost._native import SamplingRow
 from llm_boost.engine.batch import ModelRunner
 from llm_boost.engine.outputs import RequestMetrics
-from llm_boost.engine.prompts import Encoder, Prompt, tokenize
+from llm_boost.engine.prompts import Encoder, Prompt, cache_salt, tokenize
 from llm_boost.engine.request import Completion, Request
 from llm_boost.engine.sampling_params import SamplingParams
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 from llm_boost.engine.text_output import TextOutput, TextStream
 from llm_boost.errors import RequestError
@@ -39,11 +40,17 @@ class Intake:
     """Checks what is asked against the model's limits and makes the request. Safe to use from any thread."""
 
     def __init__(
-        self, runner: ModelRunner, tokenizer: EngineTokenizer, eos_token_ids: Collection[int], seed: int
+        self,
+        runner: ModelRunner,
+        tokenizer: EngineTokenizer,
+        eos_token_ids: Collection[int],
+        config: SchedulerConfig,
+        seed: int,
     ) -> None:
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._config = config
         self._seed = seed
         self._numbers = itertools.count()
 
@@ -65,6 +72,9 @@ class Intake:
         room = self._room_after(len(ids))
         self._check_vocabulary(params)
         number = next(self._numbers)
+        salt: tuple[Hashable, ...] = (cache_salt(prompt), self._runner.position_salt(len(ids)))
+        if not self._config.enable_prefix_caching:
+            salt = (*salt, number)  # shared by the request's own completions alone
         max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
         max_blocks = -(-(len(ids) + max_tokens) // self._runner.block_size)
         eos_token_ids = frozenset[int]() if params.ignore_eos else self._eos_token_ids
@@ -77,6 +87,7 @@ class Intake:
                     max_tokens,
                     max_blocks,
                     urgency=arrival + priority * PRIORITY_STEP_SECONDS,
+                    salt=salt,
                 ),
                 text=TextOutput(
                     self._tokenizer.stream(params.skip_special_tokens, after=ids[-_CONTEXT_TOKENS:].tolist()),

@@ -94,5 +94,6 @@ class Request:
             outputs=[completion.output() for completion in self.completions],
             finished=self.finished,
             metrics=self.metrics,
+            num_cached_tokens=self.completions[0].sequence.num_cached or 0,
             error=self.error,
         )

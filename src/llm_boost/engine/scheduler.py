@@ -7,6 +7,7 @@ from operator import attrgetter
 from typing import NamedTuple
 
 from llm_boost.engine.block_manager import BlockManager
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 
 _RANK = attrgetter("rank")
@@ -33,11 +34,9 @@ class Scheduler:
     none, the newest sequence gives up its blocks and waits to be computed again: the oldest always ends.
     """
 
-    def __init__(self, blocks: BlockManager, *, max_num_seqs: int, max_num_batched_tokens: int) -> None:
-        assert 1 <= max_num_seqs <= max_num_batched_tokens  # or a decode could find the budget spent
+    def __init__(self, blocks: BlockManager, config: SchedulerConfig) -> None:
         self.blocks = blocks
-        self.max_num_seqs = max_num_seqs
-        self.max_num_batched_tokens = max_num_batched_tokens
+        self.config = config
         self.waiting: list[Sequence] = []  # both by rank
         self.running: list[Sequence] = []
         self.num_preemptions = 0
@@ -56,17 +55,29 @@ class Scheduler:
 
     def schedule(self) -> list[Chunk]:
         chunks: list[Chunk] = []
-        budget = self.max_num_batched_tokens
+        budget = self.config.max_num_batched_tokens
         short_of_blocks = self._make_room()
         for sequence in sorted(self.running, key=lambda s: s.num_uncomputed > 1):  # decodes first
             if budget == 0:
                 break
-            chunks.append(Chunk(sequence, min(sequence.num_uncomputed, budget)))
-            budget -= chunks[-1].num_tokens
+            budget -= self._take(sequence, budget, chunks)
         while budget > 0 and not short_of_blocks and (admitted := self._admit()):
-            chunks.append(Chunk(admitted, min(admitted.num_uncomputed, budget)))
-            budget -= chunks[-1].num_tokens
+            budget -= self._take(admitted, budget, chunks)
         return chunks
+
+    def computed(self, chunks: list[Chunk]) -> None:
+        """The step that was scheduled has run."""
+        for sequence, num_tokens in chunks:
+            sequence.num_computed += num_tokens
+            self.blocks.publish(sequence, sequence.num_computed)
+
+    def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
+        """Adds the sequence's next chunk; its tokens."""
+        num_tokens = min(sequence.num_uncomputed, budget)
+        chunks.append(Chunk(sequence, num_tokens))
+        if num_tokens > 1:  # newcomers may read its blocks in this step already, see ModelRunner.run
+            self.blocks.publish(sequence, sequence.num_computed + num_tokens, computed=False)
+        return num_tokens
 
     def _make_room(self) -> bool:
         """Gives each running sequence its blocks, the oldest first; True if another lost its own for that."""
@@ -87,28 +98,11 @@ class Scheduler:
 
     def _admit(self) -> Sequence | None:
         """Moves the first waiting sequence to the running ones, if there is room."""
-        if not self.waiting or len(self.running) >= self.max_num_seqs:
+        if not self.waiting or len(self.running) >= self.config.max_num_seqs:
             return None
         sequence = self.waiting[0]
-        donor, shared = self._find_donor(sequence)
-        if donor and donor.num_computed < shared * self.blocks.block_size:
-            return None  # the blocks to share come with the donor's next chunks
         # One free block for each running sequence stays, or the newcomer would soon be preempted.
-        if self.blocks.missing(sequence) - shared + len(self.running) > self.blocks.num_free:
+        if not self.blocks.admit(sequence, spare=len(self.running)):
             return None
-        if donor:
-            self.blocks.share(donor, sequence, shared)
-        self.blocks.grow(sequence)
         insort(self.running, self.waiting.pop(0), key=_RANK)
         return sequence
-
-    def _find_donor(self, sequence: Sequence) -> tuple[Sequence | None, int]:
-        """A running sequence of the same request, and how many blocks of the prompt it can share.
-
-        The prompt's last token is not shared: it must be computed for its logits.
-        """
-        shared = (sequence.num_prompt_tokens - 1) // self.blocks.block_size
-        for donor in self.running if shared else ():
-            if donor.order[0] == sequence.order[0]:
-                return donor, shared
-        return None, 0

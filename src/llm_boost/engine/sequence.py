@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Hashable
+
 import numpy as np
 
 from llm_boost.engine.batch import Int32Array
@@ -12,18 +14,22 @@ class Sequence:
 
     `order` is (request number, index in the request); `rank` says who comes first, the smaller does. Tokens
     0 .. num_computed - 1 are in the cache; a step computes the next, and once all are computed the logits of
-    the last give a new token.
+    the last give a new token. Sequences of different `salt` share no blocks. `num_cached` is how many tokens
+    were in the cache when it first ran, None before.
     """
 
     __slots__ = (
         "_blocks",
         "_tokens",
         "num_blocks",
+        "num_cached",
         "num_computed",
         "num_prompt_tokens",
+        "num_shareable",
         "num_tokens",
         "order",
         "rank",
+        "salt",
     )
 
     def __init__(
@@ -34,12 +40,16 @@ class Sequence:
         max_blocks: int,
         *,
         urgency: float = 0.0,
+        salt: Hashable = None,
     ) -> None:
         self.order = order
         self.rank = (urgency, *order)
         self.num_prompt_tokens = self.num_tokens = len(prompt)
+        self.salt = salt
+        self.num_cached: int | None = None
         self.num_computed = 0
         self.num_blocks = 0
+        self.num_shareable = 0  # of its blocks, the first ones that others can find
         # Arrays, not lists: a step copies slices of them into its batch.
         self._tokens = np.empty(len(prompt) + max_tokens, np.int32)
         self._tokens[: len(prompt)] = prompt
@@ -78,4 +88,4 @@ class Sequence:
 
     def forget(self) -> None:
         """Nothing of it is in the cache any more."""
-        self.num_blocks = self.num_computed = 0
+        self.num_blocks = self.num_computed = self.num_shareable = 0

@@ -201,6 +201,11 @@ class RopeTable:
             self._stretch(positions, prompt_len, cos, sin)
         return cos, sin
 
+    def salt(self, prompt_len: int) -> int:
+        """Prompt lengths of equal salt turn the same positions by the same angles."""
+        dynamic = self._rope.rope_type == "dynamic"
+        return max(prompt_len, self._rope.original_max_position_embeddings) if dynamic else 0
+
     def _grow(self, needed: int) -> None:
         if needed > self._max:
             raise ValueError(f"position {needed - 1} with max_model_len {self._max}")
