@@ -167,6 +167,15 @@ class Tokenizer:
         """All chat templates by name."""
         return self._chat_templates.named
 
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, a special one by its name; nothing for ids without a token."""
+        return self._detokenizer.token_bytes(token_id, skip_special_tokens=False)
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """The ids that are no text: `skip_special_tokens` leaves them out."""
+        return self._detokenizer.special_token_ids
+
     @property
     def chat_template(self) -> str | None:
         """The default chat template, None if the model has none."""
