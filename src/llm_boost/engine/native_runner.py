@@ -185,7 +185,7 @@ class _Entries:
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:
-    """One of DTYPES; raises ConfigError. auto: bfloat16, int8 for a quantised GGUF; packed is what it is."""
+    """One of DTYPES; raises ConfigError. auto: bfloat16, int8 for a quantised one; packed is what it is."""
     if isinstance(checkpoint, PackedCheckpoint):
         if ALIASES.get(dtype, dtype) not in ("auto", checkpoint.dtype):
             raise ConfigError(f"dtype: got {dtype!r}, but the weights are packed as {checkpoint.dtype}")
@@ -195,7 +195,7 @@ def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:
         quantised = any(
             info.dtype not in floats and len(info.shape) == 2 for info in checkpoint.tensors.values()
         )
-        return "int8" if quantised and checkpoint.format == "gguf" else "bfloat16"
+        return "int8" if quantised else "bfloat16"
     name = ALIASES.get(dtype, dtype)
     if name not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, allowed auto, {', '.join((*DTYPES, *ALIASES))}")
