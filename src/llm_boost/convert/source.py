@@ -10,14 +10,14 @@ from typing import Any
 from llm_boost.checkpoint.casting import survives
 from llm_boost.checkpoint.checkpoint import Checkpoint, open_checkpoint
 from llm_boost.checkpoint.fields import shown
-from llm_boost.checkpoint.gguf_quants import BLOCK_TYPES
 from llm_boost.checkpoint.safetensors_reader import DTYPES
-from llm_boost.convert.tensors import FLOATS, stored_dtype
+from llm_boost.convert.tensors import stored_dtype
 from llm_boost.errors import CheckpointError, ConfigError
 from llm_boost.models.config import ModelConfig, check_tensors, expected_tensors
 from llm_boost.suggest import did_you_mean
 
 FORMATS = ("hf", "mindspore-ckpt", "mindspore-safetensors", "gguf", "packed")
+NO_WEIGHTS = ("int", "uint", "bool", "float8", "complex")
 # MindFormers' names of models -> the model_types of config.json that they stand for
 MODELS = {
     "llama": ("llama", "mistral"),
@@ -100,9 +100,10 @@ def open_source(
         raise ConfigError(f"--model: got {model}, but {where} is of a {source.model_type}")
     check_tensors(source.model, checkpoint)
     for name, info in checkpoint.tensors.items():
-        if info.dtype not in {*FLOATS, "float64", *BLOCK_TYPES}:
+        if info.dtype.startswith(NO_WEIGHTS):
             raise CheckpointError(
-                f"{path}: tensor {shown(name)} is {info.dtype}; allowed are floating point and GGUF's blocks"
+                f"{path}: tensor {shown(name)} is {info.dtype}; weights are floating point, or quantised as "
+                "GGUF, GPTQ or AWQ"
             )
     return source
 

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import re
 import warnings
 from collections import Counter
 from collections.abc import Iterable, Iterator
@@ -34,6 +35,7 @@ _SHAPE = {  # of ModelConfig, and what people call it
     "tie_word_embeddings": "tie_word_embeddings",
 }
 _BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "bool": 1}
+_GROUPS = re.compile(r"(?:gptq|awq)-int(\d+)")  # without their scales
 _BYTES |= dict.fromkeys(("int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1)
 
 
@@ -130,11 +132,7 @@ def _quantization(contents: Contents, types: Counter[str]) -> str | None:
     """How the weights are quantised; None for floating point."""
     if isinstance(contents, PackedCheckpoint):
         return contents.dtype if contents.dtype.startswith("int") else None
-    blocks = [dtype for dtype, _ in types.most_common() if dtype in BLOCK_TYPES]
-    own = contents.config.get("quantization_config")
-    if isinstance(own, dict):
-        return str(own.get("quant_method", "unknown"))
-    return ", ".join(blocks) or None
+    return ", ".join(t for t, _ in types.most_common() if t in BLOCK_TYPES or _GROUPS.fullmatch(t)) or None
 
 
 def _ranks(path: Path) -> int:
@@ -150,6 +148,8 @@ def _nbytes(info: TensorInfo) -> int:
     count = math.prod(info.shape)
     if info.dtype in BLOCK_TYPES:
         return count // BLOCK_TYPES[info.dtype].size * BLOCK_TYPES[info.dtype].bytes
+    if match := _GROUPS.fullmatch(info.dtype):
+        return count * int(match[1]) // 8
     return count * _BYTES.get(info.dtype, 2)
 
 
