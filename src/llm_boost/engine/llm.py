@@ -9,14 +9,17 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_boost.engine.batch import ModelRunner
+from llm_boost.engine.drafts import Speculator
 from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
 from llm_boost.engine.outputs import RequestOutput
+from llm_boost.engine.prompt_lookup import PromptLookup
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler_config import SchedulerConfig
+from llm_boost.engine.speculative_config import SpeculativeConfig
 from llm_boost.engine.vllm_options import check_vllm_options
-from llm_boost.errors import CheckpointError, RequestError
+from llm_boost.errors import CheckpointError, ConfigError, RequestError
 
 if TYPE_CHECKING:
     from llm_boost.models.config import ModelConfig
@@ -112,6 +115,7 @@ class LLM:
             smoother for the requests that run beside them.
         enable_prefix_caching: what the KV cache still holds of a prompt's beginning is not computed again.
             Prompts given as dictionaries may have a `cache_salt`: those of different salts share nothing.
+        speculative_config: what is guessed ahead, as SpeculativeConfig or its fields; no text changes by it.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
         progress: called with (bytes done, bytes in all) while the weights are packed.
@@ -134,6 +138,7 @@ class LLM:
         max_num_seqs: int = SchedulerConfig.max_num_seqs,
         max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
         enable_prefix_caching: bool = SchedulerConfig.enable_prefix_caching,
+        speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
@@ -151,6 +156,9 @@ class LLM:
             **scheduling_options,
         )
         check_seed(seed)
+        speculative = (
+            None if speculative_config is None else SpeculativeConfig.from_options(speculative_config)
+        )
         self._parts = load_parts(
             model,
             vocab_file=vocab_file,
@@ -173,10 +181,17 @@ class LLM:
             self._parts.tokenizer,
             self._eos_token_ids(),
             scheduling,
+            speculator=None if speculative is None else self._speculator(speculative),
             seed=seed,
             threads=self._parts.runner.threads,
         )
         self._outbox = Outbox(self.engine)
+
+    def _speculator(self, config: SpeculativeConfig) -> Speculator:
+        if config.method == "draft_model":
+            raise ConfigError("speculative_config.method: got 'draft_model', allowed in this version 'ngram'")
+        lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+        return Speculator(lookup, config.num_speculative_tokens)
 
     @property
     def tokenizer(self) -> Tokenizer:
