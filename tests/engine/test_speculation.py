@@ -13,7 +13,8 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from llm_boost.engine.batch import Batch, FloatArray
-from llm_boost.engine.drafts import Drafting, Speculator, StepTimes
+from llm_boost.engine.draft_model import DraftModel
+from llm_boost.engine.drafts import Drafting, Speculator, StepTimes, _Guess
 from llm_boost.engine.engine import Engine
 from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.prompt_lookup import PromptLookup
@@ -24,6 +25,8 @@ from llm_boost.engine.sequence import Sequence
 
 class Oracle:
     """Knows what the model says, and errs as often as it is told to."""
+
+    seconds = 0.0
 
     def __init__(self, runner: FakeRunner, errors: float, seed: int = 0) -> None:
         self._runner = runner
@@ -69,8 +72,8 @@ def told(outputs: list[RequestOutput]) -> Any:
 class Always(Speculator):
     """Takes all the drafts there are, whatever they cost."""
 
-    def _best(self, chances: Sequences[float], num_sequences: int) -> int:
-        return len(chances)
+    def _best(self, guesses: Sequences[Any], num_sequences: int) -> int:
+        return len(guesses)
 
 
 jobs = st.lists(
@@ -230,11 +233,18 @@ def test_a_step_is_filled_with_the_drafts_that_pay() -> None:
     for num_tokens in range(1, 20):
         for _ in range(3):
             speculator.times.measure(num_tokens, 0.010 + 0.002 * max(0, num_tokens - 4))
+
+    def best(chances: list[float], num_sequences: int = 1) -> int:
+        guesses = [_Guess(-chance, depth, 0) for depth, chance in enumerate(chances, 1)]
+        return speculator._best(guesses, num_sequences)
+
     # Three are free, five give 378 tokens a second, and six 376.
-    assert speculator._best([0.95, 0.90, 0.86, 0.81, 0.77, 0.73], 1) == 5
-    assert speculator._best([0.3, 0.09, 0.03, 0.01], 1) == 3
-    assert speculator._best([0.01, 0.01], 1) == 0, "too little to be worth an error of measurement"
-    assert speculator._best([0.5, 0.4, 0.3], 16) == 0, "a full batch has no idle arithmetic"
+    assert best([0.95, 0.90, 0.86, 0.81, 0.77, 0.73]) == 5
+    assert best([0.3, 0.09, 0.03, 0.01]) == 3
+    assert best([0.01, 0.01]) == 0, "too little to be worth an error of measurement"
+    assert best([0.5, 0.4, 0.3], 16) == 0, "a full batch has no idle arithmetic"
+    speculator._drafter.seconds = 0.004  # type: ignore[misc]
+    assert best([0.95, 0.90, 0.86, 0.81, 0.77, 0.73]) == 3, "guesses that take time pay less"
 
 
 def test_step_times_are_interpolated_and_tried_beyond() -> None:
@@ -268,3 +278,62 @@ def test_a_runner_sees_each_row_that_is_verified() -> None:
     run([([5, 6], params), ([7, 8, 9], params)], Always(Oracle(runner, 0.0), 3), runner=runner)
     assert [len(batch.logit_rows) for batch in seen] == [2, 8, 8]
     assert seen[1].logit_rows.tolist() == list(range(8))
+
+
+@given(jobs, st.integers(1, 6), st.sampled_from([10, 64]), st.integers(4, 24), st.booleans())
+@settings(max_examples=40, deadline=None)
+def test_a_draft_model_changes_nothing(
+    asked: list[tuple[list[int], SamplingParams]], most: int, num_blocks: int, budget: int, same: bool
+) -> None:
+    """Whether it is the model itself or a coarser one; whether its own cache holds all, or too few."""
+    expected, _ = run(asked, None)
+    small = FakeRunner(num_blocks=num_blocks) if same else Coarse(num_blocks=num_blocks)
+    drafter = DraftModel(small, 128, budget)
+    outputs, _ = run(asked, Always(drafter, most), max_num_seqs=min(4, budget), max_num_batched_tokens=budget)
+    assert told(outputs) == told(expected)
+    drafter.blocks.check_integrity(drafter.mirrors.values())
+    drafter.follow([])
+    assert drafter.blocks.num_free == num_blocks
+    assert all(len(batch.token_ids) <= max(budget, 2) * 4 for batch in small.batches)
+
+
+class Coarse(FakeRunner):
+    """Right half of the time."""
+
+    def logits_after(self, tokens: list[int]) -> FloatArray:
+        logits = super().logits_after(tokens)
+        return logits if len(tokens) % 2 else np.roll(logits, 1)
+
+
+def test_a_draft_model_that_is_right_saves_steps() -> None:
+    drafter = DraftModel(FakeRunner(), 128, 512)
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    _, engine = run([([5, 6], params)], Always(drafter, 5))
+    assert engine.stats().num_steps == 1 + 4
+    assert engine.stats().num_accepted_tokens == 19
+
+
+def test_a_draft_model_that_is_wrong_is_tried_less_and_less() -> None:
+    class Wrong(FakeRunner):
+        def logits_after(self, tokens: list[int]) -> FloatArray:
+            return np.roll(super().logits_after(tokens), 1)
+
+    runner = FakeRunner(num_blocks=400, max_model_len=1000)
+    small = Wrong(num_blocks=400, max_model_len=1000)
+    speculator = Speculator(DraftModel(small, 128, 512), 4)
+    speculator.times.measure = lambda num_tokens, seconds: None  # type: ignore[method-assign]
+    for num_tokens in range(1, 6):
+        StepTimes.measure(speculator.times, num_tokens, 1.0 + 0.1 * num_tokens)
+    params = SamplingParams(temperature=0, max_tokens=900, ignore_eos=True)
+    _, engine = run([([5, 6], params)], speculator, runner=runner)
+    assert engine.stats().num_accepted_tokens == 0
+    assert 4 < engine.stats().num_drafted_tokens < 200
+
+
+def test_a_draft_model_that_fails_is_done_without() -> None:
+    small = FakeRunner()
+    small.crash = True
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    with pytest.warns(RuntimeWarning, match="speculation is off from now on: RuntimeError: the fake model"):
+        (output,), _ = run([([5, 6], params)], Always(DraftModel(small, 128, 512), 5))
+    assert output.outputs[0].token_ids == FakeRunner().greedy([5, 6], 24)

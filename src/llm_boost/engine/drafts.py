@@ -5,7 +5,7 @@ from __future__ import annotations
 from collections import deque
 from collections.abc import Sequence as Sequences
 from statistics import median
-from typing import Protocol
+from typing import NamedTuple, Protocol
 
 import numpy as np
 from numpy.typing import NDArray
@@ -49,6 +49,11 @@ class Drafting:
 class Drafter(Protocol):
     """Where guesses come from."""
 
+    @property
+    def seconds(self) -> float:
+        """What it takes to guess one token of every sequence."""
+        ...
+
     def follow(self, sequences: Sequences[Sequence]) -> None:
         """Brings each sequence's `drafting` up to date."""
         ...
@@ -84,6 +89,14 @@ class StepTimes:
         return times / (1 + _GUESSED_COST * np.maximum(known[0] - tokens, 0))
 
 
+class _Guess(NamedTuple):
+    """The `depth`-th next token of a sequence."""
+
+    minus_chance: float
+    depth: int
+    owner: int
+
+
 class Speculator:
     """Chooses, for the sequences of a decode step, the drafts that give most tokens a second.
 
@@ -101,24 +114,28 @@ class Speculator:
     def propose(self, sequences: Sequences[Sequence], budget: int) -> None:
         """Gives drafts to decoding sequences, at most `budget` in all."""
         self._drafter.follow(sequences)
-        chances = [
-            (-chance, index)
+        guesses = [
+            _Guess(-chance, depth, index)
             for index, sequence in enumerate(sequences)
             if sequence.drafting is not None
-            for chance in sequence.drafting.chances(min(self._most, sequence.num_left - 1))
+            for depth, chance in enumerate(
+                sequence.drafting.chances(min(self._most, sequence.num_left - 1)), 1
+            )
         ]
-        chances.sort()
-        del chances[max(budget, 0) :]
-        if not chances:
+        guesses.sort()  # a sequence's chances fall, so that of each the first are taken
+        del guesses[max(budget, 0) :]
+        if not guesses:
             return
         counts = [0] * len(sequences)
-        for _, index in chances[: self._best([-chance for chance, _ in chances], len(sequences))]:
-            counts[index] += 1
+        for guess in guesses[: self._best(guesses, len(sequences))]:
+            counts[guess.owner] += 1
         self._drafter.propose([(s, n) for s, n in zip(sequences, counts, strict=True) if n])
 
-    def _best(self, chances: Sequences[float], num_sequences: int) -> int:
-        """How many of the chances, which fall, to take."""
-        expected = num_sequences + np.cumsum([0.0, *chances])
-        speeds = expected / self.times.table(num_sequences, num_sequences + len(chances))
+    def _best(self, guesses: Sequences[_Guess], num_sequences: int) -> int:
+        """How many of the guesses, best first, to take."""
+        expected = num_sequences + np.cumsum([0.0] + [-guess.minus_chance for guess in guesses])
+        rounds = np.maximum.accumulate([0] + [guess.depth for guess in guesses])
+        times = self.times.table(num_sequences, num_sequences + len(guesses))
+        speeds = expected / (times + rounds * self._drafter.seconds)
         best = int(np.argmax(speeds))
         return best if speeds[best] > _GAIN * speeds[0] else 0

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import time
+import warnings
 from collections.abc import Collection, Iterable
 from heapq import heappop, heappush
 from typing import Any
@@ -106,6 +107,7 @@ class Engine:
         start = time.monotonic()
         ended = self._end_overdue(start)
         self._speculate()
+        began = time.monotonic()
         chunks = self.scheduler.schedule(start)
         if not chunks:
             return ended
@@ -123,12 +125,13 @@ class Engine:
             for completion in everyone:
                 self._fail(completion, f"the model failed: {_one_line(error)}")
             return ended + self._publish(everyone)
-        seconds = time.monotonic() - start
         if self._speculator and all(chunk.sequence.is_decoding for chunk in chunks):
-            self._speculator.times.measure(sum(chunk.num_tokens for chunk in chunks), seconds)
+            self._speculator.times.measure(
+                sum(chunk.num_tokens for chunk in chunks), time.monotonic() - began
+            )
         self.scheduler.computed(chunks)
         generated = self._append_all(last, samples)
-        self._counters.count(sum(chunk.num_tokens for chunk in chunks), generated, seconds)
+        self._counters.count(sum(chunk.num_tokens for chunk in chunks), generated, time.monotonic() - start)
         return ended + self._publish([completion for completion, _ in last])
 
     def abort(self, request_id: str) -> RequestOutput | None:
@@ -169,7 +172,13 @@ class Engine:
         if self._speculator is None or self.scheduler.waiting or not all(s.is_decoding for s in running):
             return
         free = [s for s in running if self._completion(s.order).grammar is None]
-        self._speculator.propose(free, self.scheduler.config.max_num_batched_tokens - len(running))
+        try:
+            self._speculator.propose(free, self.scheduler.config.max_num_batched_tokens - len(running))
+        except Exception as error:  # no text needs it
+            warnings.warn(f"speculation is off from now on: {_one_line(error)}", RuntimeWarning, stacklevel=1)
+            self._speculator = None
+            for sequence in running:
+                sequence.num_drafts = 0
 
     def _append_all(self, last: list[tuple[Completion, int]], samples: list[Sampled]) -> int:
         """Appends what was sampled, after drafts as long as these are what was sampled; the number of tokens.

@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_boost.engine.batch import ModelRunner
+from llm_boost.engine.draft_model import DraftModel
 from llm_boost.engine.drafts import Speculator
 from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
@@ -181,17 +182,41 @@ class LLM:
             self._parts.tokenizer,
             self._eos_token_ids(),
             scheduling,
-            speculator=None if speculative is None else self._speculator(speculative),
+            speculator=None
+            if speculative is None
+            else self._speculator(
+                speculative,
+                max_num_batched_tokens,
+                threads=threads,
+                cache_dir=cache_dir,
+                max_num_seqs=max_num_seqs,
+                progress=progress,
+            ),
             seed=seed,
             threads=self._parts.runner.threads,
         )
         self._outbox = Outbox(self.engine)
 
-    def _speculator(self, config: SpeculativeConfig) -> Speculator:
-        if config.method == "draft_model":
-            raise ConfigError("speculative_config.method: got 'draft_model', allowed in this version 'ngram'")
-        lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
-        return Speculator(lookup, config.num_speculative_tokens)
+    def _speculator(
+        self, config: SpeculativeConfig, max_num_batched_tokens: int, **options: Any
+    ) -> Speculator:
+        """`options`: how a draft model is loaded."""
+        if config.model is None:
+            lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+            return Speculator(lookup, config.num_speculative_tokens)
+        options["dtype"] = config.dtype or self.dtype
+        parts = load_parts(
+            config.model,
+            vocab_file=None,
+            merges_file=None,
+            tokenizer_overrides=None,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=self._parts.runner.block_size,
+            **options,
+        )
+        check_same_vocabulary(config.model, parts, self._parts)
+        model = DraftModel(parts.runner, self._parts.runner.vocab_size, max_num_batched_tokens)
+        return Speculator(model, config.num_speculative_tokens)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -352,6 +377,22 @@ class LLM:
         named = self._parts.generation_config.get("eos_token_id")
         ids = {*self.tokenizer.eos_token_ids, *(named if isinstance(named, (list, tuple)) else [named])}
         return {i for i in ids if isinstance(i, int) and 0 <= i < self._parts.runner.vocab_size}
+
+
+def check_same_vocabulary(model: str, draft: Parts, target: Parts) -> None:
+    """ConfigError unless a draft model's tokens are the target's."""
+    theirs, ours = draft.runner.vocab_size, target.runner.vocab_size
+    if theirs < ours:
+        raise ConfigError(
+            f"speculative_config.model: {model} has {theirs} tokens, allowed at least the model's {ours}: "
+            "both need the same vocabulary"
+        )
+    for text in ("The quick brown fox, 1234.", "def f(x):\n    return x\n", "你好，世界"):
+        if draft.tokenizer.encode(text) != target.tokenizer.encode(text):
+            raise ConfigError(
+                f"speculative_config.model: {model} cuts {text!r} into other tokens than the model: "
+                "both need the same tokenizer"
+            )
 
 
 def _with_progress_bar(outputs: Iterable[RequestOutput], total: int) -> Iterator[RequestOutput]:

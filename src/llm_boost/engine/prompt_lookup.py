@@ -14,6 +14,8 @@ from llm_boost.engine.sequence import Sequence
 class PromptLookup:
     """Where the longest of a sequence's endings of `low` to `high` tokens stood last before, it goes on."""
 
+    seconds = 0.0
+
     def __init__(self, low: int, high: int) -> None:
         self._low = low
         self._high = high

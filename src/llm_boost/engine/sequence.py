@@ -68,6 +68,13 @@ class Sequence:
         self._tokens[: len(prompt)] = prompt
         self._blocks = np.empty(max_blocks, np.int32)
 
+    def mirror(self) -> Sequence:
+        """A sequence of the same tokens, in the same memory, of which nothing is computed."""
+        other = Sequence(self.order, self.tokens[:0], 0, len(self._blocks))
+        other._tokens = self._tokens
+        other.num_prompt_tokens, other.num_tokens = self.num_prompt_tokens, self.num_tokens
+        return other
+
     @property
     def tokens(self) -> Int32Array:
         """Prompt and output [num_tokens]; a view."""
