@@ -103,9 +103,3 @@ def test_the_cache_has_the_size_that_was_asked_for(tmp_path: Path) -> None:
 def test_a_cache_that_cannot_be_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
     with pytest.raises(ConfigError, match=message):
         load(tmp_path, **options)
-
-
-def test_a_draft_model_of_another_vocabulary_is_refused(tmp_path: Path) -> None:
-    other = TESTS / "golden_models" / "qwen2"
-    with pytest.raises(ConfigError, match=r"speculative_config\.model: .*qwen2 .* both need the same"):
-        load(tmp_path, num_blocks=8, speculative_config={"model": str(other)})
