@@ -40,6 +40,8 @@ def test_every_block_comes_back(options: dict[str, Any], tmp_path: Path) -> None
         **options,
     )
     engine = llm.engine
+    if engine._speculator is not None:  # take all drafts, whatever this machine measures
+        engine._speculator._best = lambda guesses, num_sequences: len(guesses)  # type: ignore[method-assign]
     draw = np.random.default_rng(len(options))
     ends: Counter[str] = Counter()
     reasons: Counter[str] = Counter()
@@ -99,4 +101,4 @@ def test_every_block_comes_back(options: dict[str, Any], tmp_path: Path) -> None
     assert all(message.startswith(beginning) for message, beginning in refused)
     assert ("max_preempt_count" in options) <= (stats.num_preemptions > 0)
     assert stats.num_hit_tokens > 0
-    assert ("speculative_config" in options) == (stats.num_drafted_tokens > 0)
+    assert ("speculative_config" in options) == (stats.num_accepted_tokens > 0)
