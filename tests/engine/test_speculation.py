@@ -134,6 +134,14 @@ def test_right_drafts_save_steps() -> None:
     assert quick.stats().num_accepted_tokens == quick.stats().num_drafted_tokens == 19
 
 
+def test_those_that_wait_for_room_do_not_stop_guesses() -> None:
+    params = SamplingParams(temperature=0, max_tokens=24, ignore_eos=True)
+    runner = FakeRunner()
+    jobs = [([5, 6], params), ([7, 8], params)]
+    _, engine = run(jobs, Always(Oracle(runner, 0.0), 5), runner=runner, max_num_seqs=1)
+    assert engine.stats().num_steps == 2 * (1 + 4)
+
+
 class Echo(FakeRunner):
     """Says what it said two tokens before."""
 

@@ -21,6 +21,7 @@ from llm_boost.engine.sampler import Sampled, TokenSampler
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler import Scheduler
 from llm_boost.engine.scheduler_config import SchedulerConfig
+from llm_boost.engine.sequence import Sequence
 from llm_boost.engine.stats import EngineCounters, EngineStats
 from llm_boost.errors import ConfigError, RequestError
 
@@ -50,6 +51,7 @@ class Engine:
         self.blocks = BlockManager(runner.num_blocks, runner.block_size, caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config)
         self._speculator = speculator
+        self._kept_waiting: Sequence | None = None  # the first that found no room in the latest step
         self._tokenizer = tokenizer
         self._sampler = TokenSampler(runner.vocab_size, threads, self._text_of)
         self._intake = Intake(runner, tokenizer, eos_token_ids, config, seed)
@@ -109,6 +111,7 @@ class Engine:
         self._speculate()
         began = time.monotonic()
         chunks = self.scheduler.schedule(start)
+        self._kept_waiting = self.scheduler.waiting[0] if self.scheduler.waiting else None
         if not chunks:
             return ended
         last = [
@@ -168,8 +171,10 @@ class Engine:
 
     def _speculate(self) -> None:
         """Drafts for a step that only decodes, but for grammars, which see each token before the next."""
-        running = self.scheduler.running
-        if self._speculator is None or self.scheduler.waiting or not all(s.is_decoding for s in running):
+        running, waiting = self.scheduler.running, self.scheduler.waiting
+        if self._speculator is None or not all(s.is_decoding for s in running):
+            return
+        if waiting and waiting[0] is not self._kept_waiting:  # it may be let in, with a prompt to compute
             return
         free = [s for s in running if self._completion(s.order).grammar is None]
         try:
