@@ -227,3 +227,14 @@ def test_a_draft_model_has_the_models_vocabulary() -> None:
         check_same_vocabulary("DIR", smaller, target)
     with pytest.raises(ConfigError, match=r"DIR cuts .* into other tokens than the model"):
         check_same_vocabulary("DIR", other, target)
+
+
+def test_plugin_params_ask_for_what_mindie_means(make_llm: Any) -> None:
+    speculator = make_llm(plugin_params='{"plugin_type": "la", "level": 7}').engine._speculator
+    assert speculator._most == 6
+    assert make_llm(plugin_params='{"plugin_type": "prefix_cache"}').engine._speculator is None
+    make_llm(plugin_params='{"plugin_type": "splitfuse"}')
+    with pytest.raises(ConfigError, match="template_type: got 'Standard', allowed 'Mix' with splitfuse"):
+        make_llm(plugin_params='{"plugin_type": "splitfuse"}', template_type="Standard")
+    with pytest.raises(ConfigError, match="speculative_config: given beside plugin_params"):
+        make_llm(plugin_params='{"plugin_type": "la"}', speculative_config={"method": "ngram"})

@@ -14,6 +14,7 @@ from llm_boost.engine.drafts import Speculator
 from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
 from llm_boost.engine.outputs import RequestOutput
+from llm_boost.engine.plugin_params import parse_plugin_params
 from llm_boost.engine.prompt_lookup import PromptLookup
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.sampling_params import SamplingParams
@@ -117,6 +118,7 @@ class LLM:
         enable_prefix_caching: what the KV cache still holds of a prompt's beginning is not computed again.
             Prompts given as dictionaries may have a `cache_salt`: those of different salts share nothing.
         speculative_config: what is guessed ahead, as SpeculativeConfig or its fields; no text changes by it.
+        plugin_params: MindIE's, which asks for the same in its own way.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
         progress: called with (bytes done, bytes in all) while the weights are packed.
@@ -140,6 +142,7 @@ class LLM:
         max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
         enable_prefix_caching: bool = SchedulerConfig.enable_prefix_caching,
         speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
+        plugin_params: str = "",
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
@@ -157,9 +160,13 @@ class LLM:
             **scheduling_options,
         )
         check_seed(seed)
-        speculative = (
-            None if speculative_config is None else SpeculativeConfig.from_options(speculative_config)
-        )
+        plugins = parse_plugin_params(plugin_params)
+        plugins.check_template(scheduling.template_type)
+        speculative = plugins.speculative
+        if speculative_config is not None:
+            if speculative is not None:
+                raise ConfigError("speculative_config: given beside plugin_params that speculate: give one")
+            speculative = SpeculativeConfig.from_options(speculative_config)
         self._parts = load_parts(
             model,
             vocab_file=vocab_file,
