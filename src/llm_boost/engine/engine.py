@@ -79,7 +79,7 @@ class Engine:
         Args:
             stream: every step publishes the output so far; else only the end is published.
             priority: lower comes first, in waiting and in keeping its memory, as in vLLM; but one that has
-                waited PRIORITY_STEP_SECONDS comes before newer ones of the priority before its own.
+                waited policies.PRIORITY_STEP_SECONDS comes before newer ones of the priority before.
             timeout: seconds from now until it ends, with the finish reason "timeout" and what there is.
         """
         return self._intake.request(
@@ -102,7 +102,7 @@ class Engine:
         """Computes one batch; the outputs of requests that end with it, and of streaming ones that grow."""
         start = time.monotonic()
         ended = self._end_overdue(start)
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(start)
         if not chunks:
             return ended
         last = [self._completion(chunk.sequence.order) for chunk in chunks if chunk.is_last]

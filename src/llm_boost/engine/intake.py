@@ -23,8 +23,6 @@ from llm_boost.errors import RequestError
 
 _CONTEXT_TOKENS = 8  # of the prompt, enough to tell the detokeniser that text came before
 
-# A request comes before those of the next priority that arrived up to this much earlier: none waits for ever.
-PRIORITY_STEP_SECONDS = 60.0
 MAX_PRIORITY = 2**31 - 1
 MAX_TIMEOUT_SECONDS = 1e6
 
@@ -79,7 +77,8 @@ class Intake:
         salt: tuple[Hashable, ...] = (cache_salt(prompt), self._runner.position_salt(len(ids)))
         if not self._config.enable_prefix_caching:
             salt = (*salt, number)  # shared by the request's own completions alone
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        limits = (room, params.max_tokens, self._config.max_iter_times)
+        max_tokens = min(limit for limit in limits if limit is not None)
         max_blocks = -(-(len(ids) + max_tokens) // self._runner.block_size)
         eos_token_ids = frozenset[int]() if params.ignore_eos else self._eos_token_ids
         seed = self._seed_of(number, params)
@@ -90,7 +89,8 @@ class Intake:
                     ids,
                     max_tokens,
                     max_blocks,
-                    urgency=arrival + priority * PRIORITY_STEP_SECONDS,
+                    arrival=arrival,
+                    priority=priority,
                     salt=salt,
                 ),
                 text=TextOutput(

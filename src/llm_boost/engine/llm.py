@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -115,7 +115,8 @@ class LLM:
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
         progress: called with (bytes done, bytes in all) while the weights are packed.
-        vllm_options: other arguments of vLLM's LLM, accepted at the values at which they ask for nothing.
+        options: the other fields of SchedulerConfig, MindIE's scheduling terms; and other arguments of
+            vLLM's LLM, accepted at the values at which they ask for nothing.
     """
 
     def __init__(
@@ -138,13 +139,16 @@ class LLM:
         tokenizer_overrides: Mapping[str, Any] | None = None,
         hf_config: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
-        **vllm_options: Any,
+        **options: Any,
     ) -> None:
-        check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters)[:-1])
+        terms = {field.name for field in fields(SchedulerConfig)}
+        scheduling_options = {name: options.pop(name) for name in terms & options.keys()}
+        check_vllm_options(options, known=[*list(inspect.signature(LLM).parameters)[:-1], *terms])
         scheduling = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            **scheduling_options,
         )
         check_seed(seed)
         self._parts = load_parts(
