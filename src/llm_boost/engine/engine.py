@@ -7,7 +7,9 @@ from collections.abc import Collection, Iterable
 from heapq import heappop, heappush
 from typing import Any
 
-from llm_boost.engine.batch import ModelRunner
+import numpy as np
+
+from llm_boost.engine.batch import FloatArray, ModelRunner
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.build_batch import build_batch
 from llm_boost.engine.grammar import GrammarError
@@ -17,7 +19,7 @@ from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.request import Completion, Request
 from llm_boost.engine.sampler import Sampled, TokenSampler
 from llm_boost.engine.sampling_params import SamplingParams
-from llm_boost.engine.scheduler import Scheduler
+from llm_boost.engine.scheduler import Chunk, Scheduler
 from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.stats import EngineCounters, EngineStats
 from llm_boost.errors import ConfigError, RequestError
@@ -108,6 +110,7 @@ class Engine:
         last = [self._completion(chunk.sequence.order) for chunk in chunks if chunk.is_last]
         try:
             logits = self.runner.run(build_batch(chunks))
+            logits = self._score_prompts(logits, chunks)
             samples = self._sampler.sample(logits, last)
         except Exception as error:  # this batch's completions end with it, the loop does not
             everyone = [self._completion(chunk.sequence.order) for chunk in chunks]
@@ -150,12 +153,24 @@ class Engine:
         number, index = order
         return self._by_number[number].completions[index]
 
+    def _score_prompts(self, logits: FloatArray, chunks: list[Chunk]) -> FloatArray:
+        """Keeps the log-probabilities of prompts that ask for them; the logits that give new tokens."""
+        if all(chunk.sequence.is_scored for chunk in chunks):
+            return logits
+        ends = np.cumsum([chunk.num_logits for chunk in chunks])
+        for chunk, end in zip(chunks, ends.tolist(), strict=True):
+            if not chunk.sequence.is_scored:
+                request = self._by_number[chunk.sequence.order[0]]
+                self._sampler.score_prompt(request, chunk.sequence, logits[end - chunk.num_logits : end])
+        return logits[[end - 1 for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]]
+
     def _text_of(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def _append(self, completion: Completion, sampled: Sampled) -> None:
-        if sampled.fault is not None:
-            self._fail(completion, sampled.fault)
+        fault = sampled.fault or self._by_number[completion.sequence.order[0]].prompt_fault
+        if fault is not None:
+            self._fail(completion, fault)
             return
         try:
             completion.append(sampled.token, sampled.logprobs)

@@ -11,6 +11,9 @@ from llm_boost.engine.policies import RANKS, PrefillFirst, SelectBatch
 from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 
+# Of a prompt in a step, where each gives logits: a row of them is as wide as the vocabulary, 600 KB.
+MAX_SCORED_TOKENS = 64
+
 
 class Chunk(NamedTuple):
     """The next `num_tokens` uncomputed tokens of a sequence."""
@@ -22,6 +25,14 @@ class Chunk(NamedTuple):
     def is_last(self) -> bool:
         """Nothing stays uncomputed, so the logits of its last token give the sequence's next one."""
         return self.num_tokens == self.sequence.num_uncomputed
+
+    @property
+    def num_logits(self) -> int:
+        """How many of its last tokens give logits."""
+        if self.sequence.is_scored:
+            return int(self.is_last)
+        end = self.sequence.num_computed + self.num_tokens
+        return max(0, end - max(self.sequence.num_computed, self.sequence.logits_from))
 
 
 class Scheduler:
@@ -99,6 +110,8 @@ class Scheduler:
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Adds the sequence's next chunk, and says how many tokens it has."""
         num_tokens = min(sequence.num_uncomputed, budget)
+        if not sequence.is_scored:
+            num_tokens = min(num_tokens, MAX_SCORED_TOKENS)
         if num_tokens > 0:
             chunks.append(Chunk(sequence, num_tokens))
         if num_tokens > 1:  # newcomers may read its blocks in this step already, see ModelRunner.run

@@ -15,13 +15,14 @@ class Sequence:
     `order` is (request number, index in the request). Tokens 0 .. num_computed - 1 are in the cache; a step
     computes the next, and once all are computed the logits of the last give a new token. Sequences of
     different `salt` share no blocks. `num_cached` is how many tokens were in the cache when it first ran,
-    None before.
+    None before. The prompt's positions from `logits_from` on give logits too, beside the last token.
     """
 
     __slots__ = (
         "_blocks",
         "_tokens",
         "arrival",
+        "logits_from",
         "num_blocks",
         "num_cached",
         "num_computed",
@@ -52,6 +53,7 @@ class Sequence:
         self.num_prompt_tokens = self.num_tokens = len(prompt)
         self.salt = salt
         self.num_cached: int | None = None
+        self.logits_from = len(prompt)
         self.num_computed = 0
         self.num_blocks = 0
         self.num_shareable = 0  # of its blocks, the first ones that others can find
@@ -82,6 +84,16 @@ class Sequence:
     def is_decoding(self) -> bool:
         """A step computes its newest token alone."""
         return self.num_uncomputed == 1
+
+    @property
+    def is_scored(self) -> bool:
+        """No position of the prompt is left that gives logits for their own sake: all but the last may."""
+        return self.logits_from >= self.num_prompt_tokens - 1
+
+    @property
+    def num_reusable(self) -> int:
+        """Of its tokens, the first ones that need not be computed if the cache holds them."""
+        return min(self.num_tokens - 1, self.num_tokens if self.is_scored else self.logits_from)
 
     @property
     def is_full(self) -> bool:
