@@ -19,6 +19,7 @@ from llm_boost.suggest import did_you_mean
 
 _VERBS = {  # verb: (module with a click command of the verb's name and suffix _command, one line of help)
     "predict": ("llm_boost.cli.predict", "Complete prompts, or answer them with --chat."),
+    "chat": ("llm_boost.cli.chat", "Talk with a model in the terminal."),
     "serve": (
         "llm_boost.cli.serve",
         "A model behind HTTP: MindIE's, TGI's, OpenAI's and Triton's endpoints.",

@@ -101,6 +101,40 @@ def speculative_options(function: F) -> F:
     return function
 
 
+def sampling_options(function: F) -> F:
+    """Flags that choose tokens."""
+    for decorate in reversed(
+        [
+            click.option("--do_sample", type=BOOL_TEXT, help="Sample, or take the likeliest token."),
+            click.option(
+                "--temperature",
+                type=float,
+                metavar="X",
+                help="0 is greedy; a sampling flag turns sampling on.",
+            ),
+            click.option(
+                "--top_k", type=int, metavar="N", help="Sample from the N likeliest tokens; 0: from all."
+            ),
+            click.option(
+                "--top_p",
+                type=float,
+                metavar="X",
+                help="Sample from the likeliest tokens that hold this probability.",
+            ),
+            click.option(
+                "--min_p",
+                type=float,
+                metavar="X",
+                help="Sample from tokens this likely, relative to the likeliest.",
+            ),
+            click.option("--repetition_penalty", type=float, metavar="X", help="Above 1 repeats less."),
+            click.option("--seed", type=int, metavar="N", help="Of sampling (default 0)."),
+        ]
+    ):
+        function = decorate(function)
+    return function
+
+
 def note(line: str) -> None:
     """One line for the user, on stderr."""
     click.echo(f"llm-boost: {line}", err=True)

@@ -275,6 +275,8 @@ class LLM:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         config = self._parts.generation_config
         given = {name: config[name] for name in names if config.get(name) is not None}
+        if config.get("max_new_tokens") is not None:
+            given["max_tokens"] = config["max_new_tokens"]
         if config.get("do_sample") is False:
             given["temperature"] = 0.0
         try:
