@@ -382,6 +382,34 @@ def test_inspect_finds_what_is_wrong(run, tmp_path):
     assert code == 2
 
 
+def test_files_are_checked_against_a_manifest(run, tmp_path):
+    import hashlib
+
+    folder = tmp_path / "m"
+    shutil.copytree(model_dir("mistral"), folder)
+    files = sorted(folder.glob("*.safetensors"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
+    manifest = tmp_path / "SHA256SUMS"
+    manifest.write_text("\n".join(lines) + "\n")
+    assert run("inspect", folder, "--manifest", manifest)[0] == 0
+    data = bytearray(files[1].read_bytes())
+    data[-1] ^= 1
+    files[1].write_bytes(data)
+    manifest.write_text("\n".join([*lines[:2], f"{'0' * 64}  other.safetensors"]))
+    code, out, _ = run("inspect", folder, "--manifest", manifest)
+    assert code == 1
+    for problem in (
+        f"{files[1].name}: its SHA-256 is",
+        f"{files[2].name}: is not in",
+        "other.safetensors: is missing",
+    ):
+        assert problem in out
+    manifest.write_text("hello\n")
+    code, _, err = run("inspect", folder, "--manifest", manifest)
+    assert code == 2
+    assert "line 1 is no line of sha256sum" in err
+
+
 def test_diff_tells_how_much(run, tmp_path):
     weight = load_file(model_dir("llama") / "model.safetensors")["model.norm.weight"].copy()
     weight[3] += 0.5
