@@ -22,6 +22,7 @@ from llm_boost.engine.native_runner import (
     Progress,
     cache_block_bytes,
     choose_isa,
+    resolve_kv_cache_dtype,
 )
 from llm_boost.errors import ConfigError
 from llm_boost.models.config import ModelConfig, expected_tensors
@@ -68,7 +69,7 @@ class Subject:
 
     def step_bytes(self, case: Case) -> float:
         """Read by a decode step: every weight but the embedding table, and the cache at its mean length."""
-        token_bytes = cache_block_bytes(self.runner.config, self.runner.dtype, 1)
+        token_bytes = cache_block_bytes(self.runner.config, self.runner.kv_cache_dtype, 1)
         context = case.depth + (case.tokens + 1) / 2
         return self.runner.weight_bytes - self.runner.embedding_bytes + case.batch * context * token_bytes
 
@@ -146,7 +147,9 @@ def _make(path: Path, cases: Sequence[Case], dtype: str, threads: int | None) ->
     source = path / "config.json"
     config = ModelConfig.from_hf(read_json_object(source), str(source))
     room, dtype = _room(cases, config), "bfloat16" if dtype == "auto" else dtype
-    cache_bytes = room["num_blocks"] * cache_block_bytes(config, dtype, DEFAULT_BLOCK_SIZE)
+    cache_bytes = room["num_blocks"] * cache_block_bytes(
+        config, resolve_kv_cache_dtype("auto", dtype), DEFAULT_BLOCK_SIZE
+    )
     return NativeRunner(
         config,
         dummy_model(config, dtype, cache_bytes),
