@@ -1,5 +1,5 @@
-// Rotary embedding, the cache of keys and values, and attention, compiled once an instruction set. Each row of
-// queries folds tiles of kKeyTile positions in order, whatever its batch, chunk or thread.
+// Rotary embedding, the cache of keys and values, and attention, compiled once an instruction set. Each row
+// of queries folds tiles of kKeyTile positions in order, whatever its batch, chunk or thread.
 #include "attention.h"
 
 #include <type_traits>
@@ -106,7 +106,8 @@ float quantize(const float* x, size_t n, float largest, T* q) {
 // One token's key or value of a head, as cached values, with its unit.
 template <CacheFormat F>
 struct Cached {
-  using T = std::conditional_t<kIsFloat<F>, float, std::conditional_t<F == CacheFormat::kInt8, int8_t, int16_t>>;
+  using T =
+      std::conditional_t<kIsFloat<F>, float, std::conditional_t<F == CacheFormat::kInt8, int8_t, int16_t>>;
   alignas(64) T values[kMaxHeadDim];
   float unit = 1.0f;
 
@@ -132,6 +133,8 @@ void store_token(const HeadsArgs& args, size_t token, size_t kv_head) {
   std::memcpy(x, row + (heads + kv_head) * dim, dim * sizeof(float));
   if (args.k_norm) normalise(x, args.k_norm, args.eps, dim);
   rotate(x, args.cos + token * (dim / 2), args.sin + token * (dim / 2), dim / 2);
+  if (!kIsFloat<F> && args.k_centre)
+    for (size_t d = 0; d < dim; ++d) x[d] -= args.k_centre[kv_head * dim + d];
   const Cached<F> key(x, dim, kLargestKey<F>);
   std::memcpy(x, row + (heads + kv_heads + kv_head) * dim, dim * sizeof(float));
   const Cached<F> value(x, dim, kLargest<F>);
@@ -181,8 +184,8 @@ static inline VF as_sum(VF a) { return a; }
 static inline VF as_sum(VI a) { return to_float(a); }
 
 // done(m, v, a[m] * w[v]) for M rows and NB columns of 16 lanes. The cached operand lies in pieces:
-// at(column, piece) points to up to `piece_steps` steps, `steps` in all; what ahead(column, piece) points to is
-// read next: blocks lie anywhere, which no processor foresees.
+// at(column, piece) points to up to `piece_steps` steps, `steps` in all; what ahead(column, piece) points to
+// is read next: blocks lie anywhere, which no processor foresees.
 template <CacheFormat F, int M, int NB, typename At, typename Ahead, typename Done>
 static inline void multiply(const Factor<F>* a, size_t stride, size_t steps, size_t piece_steps, const At& at,
                             const Ahead& ahead, const Done& done) {
@@ -318,7 +321,8 @@ class Rows {
     Tile<F> tile(args_, args_.tile_begin, seen), next = tile;
     for (size_t t = args_.tile_begin; t < args_.tile_end; ++t, tile = next) {
       if (t + 1 < args_.tile_end) next.move_to(args_, t + 1, seen);
-      for (size_t r = 0; r < rows_; r += height) panel(tile, next, t, r, rows_ - r < height ? rows_ : r + height);
+      for (size_t r = 0; r < rows_; r += height)
+        panel(tile, next, t, r, rows_ - r < height ? rows_ : r + height);
     }
     if (!args_.partial.max) finish();
   }
@@ -389,7 +393,8 @@ class Rows {
 
     multiply_columns<F>(
         rows, runs, q_ + begin * dim_, dim_, dim_ / e, dim_ / e,
-        [&](size_t run, size_t) { return tile.keys[run]; }, [&](size_t run, size_t) { return next.keys[run]; },
+        [&](size_t run, size_t) { return tile.keys[run]; },
+        [&](size_t run, size_t) { return next.keys[run]; },
         [&](size_t m, size_t position, VF sums) {
           const VF unit = load(tile.key_units[position / kRun] + position % kRun);
           store(scores_ + m * kKeyTile + position, mul(mul(sums, unit), set1(q_unit_[begin + m])));
@@ -405,10 +410,9 @@ class Rows {
       std::memcpy(args_.partial.max + at, tops_, rows * sizeof(float));
       std::memcpy(args_.partial.sum + at, sums_, rows * sizeof(float));
       float* to = args_.partial.values + at * dim_;
-      multiply_columns<F>(rows, dim_ / 16, weights_, kKeyTile, steps, kRun / e, values, ahead,
-                          [&](size_t m, size_t d, VF sums) {
-                            store(to + m * dim_ + d, mul(sums, set1(weight_unit_[m])));
-                          });
+      multiply_columns<F>(
+          rows, dim_ / 16, weights_, kKeyTile, steps, kRun / e, values, ahead,
+          [&](size_t m, size_t d, VF sums) { store(to + m * dim_ + d, mul(sums, set1(weight_unit_[m]))); });
     } else {
       fold(begin, rows);
       multiply_columns<F>(rows, dim_ / 16, weights_, kKeyTile, steps, kRun / e, values, ahead,

@@ -54,14 +54,17 @@ struct HeadsArgs {
   const float* sin = nullptr;
   const float* q_norm = nullptr;  // [head_dim] or null (Qwen3)
   const float* k_norm = nullptr;
+  const float* k_centre =
+      nullptr;  // [kv_heads][head_dim] taken from rotated keys before they are rounded, or null
   float eps = 0;
   CacheLayer cache;
   const int32_t* block_table = nullptr;
   size_t first_position = 0;  // of the first token
 };
 
-constexpr size_t kKeyTile = 128;       // positions whose softmax is computed at a time
-constexpr size_t kAttentionRows = 24;  // query rows (tokens x heads of a group) that share a pass over the keys
+constexpr size_t kKeyTile = 128;  // positions whose softmax is computed at a time
+constexpr size_t kAttentionRows =
+    24;  // query rows (tokens x heads of a group) that share a pass over the keys
 
 // What a tile of keys gives a row: the values' sum weighted with 2^(score - max), and the weights' sum. Rows
 // fold their tiles in the order of positions, so that it does not matter who computed them.
@@ -72,7 +75,8 @@ struct Partial {
 
   static size_t floats(size_t tiles, size_t rows, size_t dim) { return tiles * rows * (dim + 2); }
   Partial() = default;
-  Partial(float* at, size_t tiles, size_t rows) : max(at), sum(at + tiles * rows), values(sum + tiles * rows) {}
+  Partial(float* at, size_t tiles, size_t rows)
+      : max(at), sum(at + tiles * rows), values(sum + tiles * rows) {}
 };
 
 // Query rows [row_begin, row_end) of a kv head, row = token * group + head within the group.

@@ -111,13 +111,15 @@ void bind_plan(nb::module_& m) {
       .def(
           "attention",
           [](Plan& p, int qkv, size_t layer, std::optional<Floats> q_norm, std::optional<Floats> k_norm,
-             float eps, size_t head_dim, float scale, int out) {
+             float eps, size_t head_dim, float scale, int out, std::optional<Floats> k_centre) {
             require(head_dim == p.head_dim(), "head_dim differs from the plan's");
-            p.attention(qkv, layer, norm_of(q_norm, eps, head_dim), norm_of(k_norm, eps, head_dim), scale,
-                        out);
+            require(!k_centre || k_centre->size() == p.kv_heads() * head_dim, "k_centre has the wrong size");
+            p.attention(qkv, layer, norm_of(q_norm, eps, head_dim), norm_of(k_norm, eps, head_dim),
+                        k_centre ? k_centre->data() : nullptr, scale, out);
           },
           "qkv"_a, "layer"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "head_dim"_a, "scale"_a, "out"_a,
-          nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+          "k_centre"_a.none() = nb::none(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+          nb::keep_alive<1, 10>())
       .def(
           "logits",
           [](Plan& p, int in, std::optional<Floats> norm, float eps, const Bytes& weight,

@@ -32,8 +32,8 @@ struct Plan::ActivationStore {
   size_t bytes() const { return values.size() + 4 * (scales.size() + offsets.size()); }
 };
 
-// Query rows of one sequence against tiles of its keys, for each kv head. Rows whose tiles are shared out among
-// `pieces` items leave partial results at `partials`, which the last of them folds.
+// Query rows of one sequence against tiles of its keys, for each kv head. Rows whose tiles are shared out
+// among `pieces` items leave partial results at `partials`, which the last of them folds.
 struct Plan::AttentionItem {
   size_t seq, row_begin, row_end, tile_begin, tile_end, tiles;
   size_t pieces = 1, split = 0, partials = 0;
@@ -158,6 +158,7 @@ struct Plan::Attention : Plan::Op {
   int qkv, out;
   size_t layer;
   Norm q_norm, k_norm;
+  const float* k_centre;
   float scale;
 
   void run(const Context& c, int) override {
@@ -182,7 +183,8 @@ struct Plan::Attention : Plan::Op {
   HeadsArgs heads_of(const Context& c, size_t seq) const {
     const Plan& plan = c.plan;
     const size_t first = c.step.seq_starts[seq], dim = plan.heads_.head_dim;
-    const size_t stride = cache_block_bytes(plan.cache_, plan.heads_), bytes = stride / plan.cache_.layers / 2;
+    const size_t stride = cache_block_bytes(plan.cache_, plan.heads_),
+                 bytes = stride / plan.cache_.layers / 2;
     HeadsArgs a;
     a.shape = plan.heads_;
     a.qkv = plan.buffers_[qkv].data() + first * plan.widths_[qkv];
@@ -191,6 +193,7 @@ struct Plan::Attention : Plan::Op {
     a.sin = c.step.sin + first * (dim / 2);
     a.q_norm = q_norm.weight;
     a.k_norm = k_norm.weight;
+    a.k_centre = k_centre;
     a.eps = q_norm.eps;
     a.cache.format = plan.cache_.format;
     a.cache.keys = plan.cache_data_ + 2 * layer * bytes;
@@ -316,7 +319,8 @@ void Plan::linear(int in, Norm norm, const std::vector<LinearPart>& parts, Epilo
   ops_.push_back(std::move(op));
 }
 
-void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scale, int out) {
+void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, const float* k_centre, float scale,
+                     int out) {
   require(layer < cache_.layers, "attention: no such layer");
   require(width(qkv) == (heads_.heads + 2 * heads_.kv_heads) * heads_.head_dim &&
               width(out) == heads_.heads * heads_.head_dim,
@@ -326,6 +330,7 @@ void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scal
   op->layer = layer;
   op->q_norm = q_norm;
   op->k_norm = k_norm;
+  op->k_centre = k_centre;
   op->scale = scale;
   op->out = out;
   ops_.push_back(std::move(op));

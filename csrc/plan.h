@@ -62,7 +62,8 @@ class Plan {
   // out (op)= norm(in) * weight^T + bias, the parts side by side.
   void linear(int in, Norm norm, const std::vector<LinearPart>& parts, Epilogue epilogue, int out);
   // Rotates q and k of `qkv`, writes k and v into the cache of `layer`, and attends.
-  void attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scale, int out);
+  void attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, const float* k_centre, float scale,
+                 int out);
   // The last operation: logits of Step::logit_rows.
   void logits(int in, Norm norm, const Weight& weight);
 
@@ -72,6 +73,7 @@ class Plan {
 
   size_t vocab_size() const { return vocab_size_; }
   size_t head_dim() const { return heads_.head_dim; }
+  size_t kv_heads() const { return heads_.kv_heads; }
   size_t cache_bytes() const { return cache_bytes_; }
   size_t workspace_bytes() const;
   int num_threads() const { return pool_.size(); }

@@ -403,7 +403,8 @@ static inline VF vexp(VF x) {
   return mul(p, as_float(shift_left23(iadd(n, iset1(127)))));
 }
 
-// 2^x for x <= 0 by Taylor's series: degree 7 errs by 1e-8, degree 5 by 3e-6. Below 2^-126 is 2^-126; a NaN stays.
+// 2^x for x <= 0 by Taylor's series: degree 7 errs by 1e-8, degree 5 by 3e-6. Below 2^-126 is 2^-126; a NaN
+// stays.
 template <int Degree>
 static inline VF vexp2(VF x) {
   constexpr float kTerms[] = {1.0f,          0.693147181f,   0.240226507f,   0.0555041087f,

@@ -24,6 +24,7 @@ class FakeRunner:
     """
 
     weight_bytes = 1234
+    cache_bytes = 4321
     threads = 2
     isa = "fake"
 
@@ -38,6 +39,9 @@ class FakeRunner:
         self.batches: list[Batch] = []
         self.poisoned_tokens: set[int] = set()  # a sequence that ends with one gets NaN logits
         self.crash = False
+
+    def position_salt(self, num_prompt_tokens: int) -> int:
+        return 0
 
     def run(self, batch: Batch) -> FloatArray:
         self.batches.append(batch)
@@ -60,7 +64,8 @@ class FakeRunner:
 
         written: set[tuple[int, int]] = set()
         logits: dict[int, FloatArray] = {}
-        for s, count in enumerate(counts):
+
+        def write(s: int, count: int) -> None:
             end = int(batch.context_lens[s])
             assert 0 < end <= self.max_model_len
             table = batch.block_tables[s]
@@ -73,12 +78,19 @@ class FakeRunner:
                 written.add(slot)
                 # A slot remembers its position too, so that a misplaced token is found out.
                 self.cache[slot] = position << 32 | int(batch.token_ids[batch.seq_starts[s] + i])
-        for s, count in enumerate(counts):
+
+        def read(s: int, count: int) -> None:
             for i in range(count):
                 row = int(batch.seq_starts[s]) + i
                 if row in batch.logit_rows:
                     position = int(batch.context_lens[s] - count) + i
                     logits[row] = self._logits(batch.block_tables[s], position)
+
+        passes = [(write,), (read,)] if (counts > 1).any() else [(write, read)]
+        for work in passes:
+            for s in reversed(range(len(counts))):
+                for do in work:
+                    do(s, int(counts[s]))
         return (
             np.stack([logits[row] for row in batch.logit_rows.tolist()])
             if logits
@@ -125,6 +137,7 @@ class FakeTokenizer:
 
     bos_token_id = 0
     eos_token_ids = frozenset({1})
+    special_token_ids = frozenset({0, 1})
     vocab_size = 128
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -132,6 +145,9 @@ class FakeTokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(chr(i) if i > 1 else "" if skip_special_tokens else f"<{i}>" for i in ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id], skip_special_tokens=False).encode()
 
     def stream(self, skip_special_tokens: bool = True, *, after: Iterable[int] = ()) -> FakeStream:
         return FakeStream(self, skip_special_tokens)

@@ -14,13 +14,14 @@ from hypothesis import strategies as st
 from llm_boost.engine.engine import Engine
 from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.sampling_params import SamplingParams
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.errors import ConfigError, RequestError
 
 Job = tuple[list[int], SamplingParams]
 
 
-def make_engine(runner: FakeRunner | None = None, **options: Any) -> Engine:
-    return Engine(runner or FakeRunner(), FakeTokenizer(), {1}, **options)
+def make_engine(runner: FakeRunner | None = None, *, seed: int = 0, **scheduling: Any) -> Engine:
+    return Engine(runner or FakeRunner(), FakeTokenizer(), {1}, SchedulerConfig(**scheduling), seed=seed)
 
 
 def tokens(ids: list[int]) -> Any:
@@ -159,6 +160,47 @@ def test_every_request_ends_exactly_once(script: list[tuple[Any, ...]], budget: 
     assert engine.blocks.num_free == engine.blocks.num_blocks
 
 
+def test_a_crash_leaves_nothing_to_be_found() -> None:
+    runner = FakeRunner()
+    engine = make_engine(runner)
+    params = SamplingParams(temperature=0, max_tokens=4, ignore_eos=True)
+    engine.add(tokens([9] * 20), params)
+    drain(engine)
+    engine.add(tokens([9] * 20), params)
+    runner.crash = True
+    (failed,) = engine.step()
+    runner.crash = False
+    assert failed.num_cached_tokens == 16
+    again = engine.add(tokens([9] * 20), params)
+    output = drain(engine)[again]
+    assert output.num_cached_tokens == 0
+    assert output.outputs[0].token_ids == runner.greedy([9] * 20, 4)
+
+
+def test_prompts_of_different_salts_share_nothing() -> None:
+    engine = make_engine()
+    cached = []
+    for salt in ("a", None, "b", "a"):
+        prompt = tokens([9] * 20) | ({"cache_salt": salt} if salt else {})
+        request_id = engine.add(prompt, SamplingParams(max_tokens=1))
+        cached.append(drain(engine)[request_id].num_cached_tokens)
+    assert cached == [0, 0, 0, 16]
+    for salt in ("", 5):
+        with pytest.raises(RequestError, match="cache_salt: got"):
+            engine.add(tokens([9]) | {"cache_salt": salt}, SamplingParams())
+
+
+def test_prompts_whose_positions_turn_differently_share_nothing() -> None:
+    runner = FakeRunner()
+    runner.position_salt = lambda num_prompt_tokens: max(num_prompt_tokens, 24)  # type: ignore[method-assign]
+    engine = make_engine(runner)
+    cached = []
+    for length in (20, 24, 25, 26, 25):
+        request_id = engine.add(tokens([9] * length), SamplingParams(max_tokens=1))
+        cached.append(drain(engine)[request_id].num_cached_tokens)
+    assert cached == [0, 20, 0, 0, 24]
+
+
 def test_a_row_that_is_not_finite_fails_its_request_alone() -> None:
     runner = FakeRunner()
     runner.poisoned_tokens = {50}
@@ -205,12 +247,9 @@ def test_completions_of_a_prompt_share_its_full_blocks() -> None:
     prompt = list(range(2, 23))  # 21 tokens: five full blocks and one token
     request_id = engine.add(tokens(prompt), SamplingParams(n=4, seed=3, max_tokens=3, ignore_eos=True))
     engine.step()
-    assert len(engine.scheduler.running) == 1
-    engine.step()
     assert len(engine.scheduler.running) == 4
     assert engine.blocks.num_blocks - engine.blocks.num_free == 5 + 4
-    computed = sum(len(batch.token_ids) for batch in runner.batches)
-    assert computed == 21 + 1 + 3, "the shared blocks were computed again"
+    assert len(runner.batches[0].token_ids) == 21 + 3, "the shared blocks were computed again"
     outputs = drain(engine)[request_id].outputs
     assert [c.index for c in outputs] == [0, 1, 2, 3]
     assert len({tuple(c.token_ids) for c in outputs}) > 1
@@ -431,21 +470,10 @@ def test_a_request_id_is_used_once_at_a_time() -> None:
     assert set(drain(engine)) == {"mine"}
 
 
-@pytest.mark.parametrize(
-    "options",
-    [
-        {"max_num_seqs": 0},
-        {"max_num_seqs": 9, "max_num_batched_tokens": 8},
-        {"max_num_batched_tokens": 0},
-        {"max_num_batched_tokens": 1.5},
-        {"seed": -1},
-        {"seed": True},
-    ],
-    ids=str,
-)
-def test_impossible_limits_are_refused(options: dict[str, Any]) -> None:
-    with pytest.raises(ConfigError, match=r"got .*, allowed an integer from"):
-        make_engine(**options)
+@pytest.mark.parametrize("seed", [-1, True, 2**64, "1"])
+def test_an_impossible_seed_is_refused(seed: Any) -> None:
+    with pytest.raises(ConfigError, match=r"seed: got .*, allowed an integer from 0"):
+        make_engine(seed=seed)
 
 
 def test_text_held_back_for_a_stop_string_comes_with_the_end() -> None:

@@ -145,3 +145,16 @@ def test_bad_values_are_named(settings, message):
         config(settings, 64)
     assert message in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize("name", SETTINGS)
+def test_prompts_of_equal_salt_have_equal_rows(name):
+    """The prefix cache shares keys among them."""
+    table = RopeTable(config(SETTINGS[name], 64), 2048)
+    positions = np.arange(0, 900, 7, dtype=np.int32)
+    salts = {}
+    for length in (1, 500, 512, 513, 900):
+        rows = table.rows(positions, np.full(len(positions), length, dtype=np.int32))
+        for ours, same in zip(rows, salts.setdefault(table.salt(length), rows), strict=True):
+            np.testing.assert_array_equal(ours, same)
+    assert len(salts) == (3 if name == "dynamic" else 1)

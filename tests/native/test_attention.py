@@ -4,7 +4,6 @@ from __future__ import annotations
 
 from functools import cache
 
-import ml_dtypes
 import numpy as np
 import packed_reference as ref
 import pytest
@@ -57,7 +56,8 @@ class Attention:
         table = np.ascontiguousarray(qkv, np.float32).view(np.uint8).ravel()
         self.plan.embed(table, "float32", rows, all_heads * self.dim, packed)
         norms = options.get("q_norm"), options.get("k_norm")
-        self.plan.attention(packed, 1, *norms, EPS, self.dim, self.scale, out)  # of the second layer
+        centre = options.get("k_centre")
+        self.plan.attention(packed, 1, *norms, EPS, self.dim, self.scale, out, centre)  # of the second layer
         width = self.heads * self.dim
         self.plan.logits(out, None, 0.0, identity(width), "float32", width, width)
 
@@ -137,7 +137,9 @@ def assert_close(got, qkv, group, fmt, **options):
     want, size = expected(qkv, group, fmt, **options)
     if fmt != "float32":
         size = size.max(-1, keepdims=True)
-    assert np.max(np.abs(got - want) - TOLERANCE[fmt] * size) <= 1e-6, np.max(np.abs(got-want)/(size+1e-9))
+    assert np.max(np.abs(got - want) - TOLERANCE[fmt] * size) <= 1e-6, np.max(
+        np.abs(got - want) / (size + 1e-9)
+    )
 
 
 def random_qkv(rng, rows, dim, group, kv_heads):
@@ -261,6 +263,22 @@ def test_norms_of_q_and_k_and_the_scale(isa, fmt):
     }
     got = Attention(qkv, 3, isa, fmt=fmt, **options).whole(np.arange(70))
     assert_close(got, qkv, 3, fmt, **options)
+
+
+@pytest.mark.parametrize("isa", ISAS)
+def test_a_centre_taken_from_keys_does_not_show_but_for_smaller_errors(isa):
+    rng = np.random.default_rng(12)
+    qkv = random_qkv(rng, 200, 64, 3, 2)
+    centre = (rng.standard_normal((2, 64)) * 100 * (np.arange(64) % 32 > 24)).astype(np.float32)
+    qkv[:, 6:8] += centre  # slow pairs: the bias stays where it is while positions turn
+    want, size = expected(qkv, 3)
+    errors = [
+        np.abs(Attention(qkv, 3, isa, fmt="int8", k_centre=c).whole(np.arange(200)) - want)
+        for c in (None, centre.ravel())
+    ]
+    assert np.mean(errors[1] / size) < 0.2 * np.mean(errors[0] / size)
+    exact = Attention(qkv, 3, isa, k_centre=centre.ravel()).whole(np.arange(200))
+    np.testing.assert_array_equal(exact, Attention(qkv, 3, isa).whole(np.arange(200)))
 
 
 @pytest.mark.parametrize("isa", ISAS)

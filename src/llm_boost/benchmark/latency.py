@@ -114,6 +114,7 @@ def load_subject(
     cases: Sequence[Case],
     *,
     dtype: str,
+    kv_cache_dtype: str = "auto",
     dummy: bool,
     threads: int | None,
     cache_dir: Path,
@@ -125,7 +126,7 @@ def load_subject(
         CheckpointError: the model cannot be read. ConfigError: a case is longer than the model or the memory.
     """
     if dummy:
-        return Subject(_make(path, cases, dtype, threads), None)
+        return Subject(_make(path, cases, dtype, kv_cache_dtype, threads), None)
 
     def load() -> NativeRunner:
         checkpoint = open_checkpoint(path)
@@ -133,7 +134,14 @@ def load_subject(
         config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
         room = _room(cases, config)
         return NativeRunner.load(
-            checkpoint, config, dtype=dtype, threads=threads, cache_dir=cache_dir, progress=progress, **room
+            checkpoint,
+            config,
+            dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
+            threads=threads,
+            cache_dir=cache_dir,
+            progress=progress,
+            **room,
         )
 
     load()  # packs the weights if the cache lacks them
@@ -141,19 +149,21 @@ def load_subject(
     return Subject(load(), time.perf_counter() - start)
 
 
-def _make(path: Path, cases: Sequence[Case], dtype: str, threads: int | None) -> NativeRunner:
+def _make(
+    path: Path, cases: Sequence[Case], dtype: str, kv_cache_dtype: str, threads: int | None
+) -> NativeRunner:
     if not path.is_dir():
         raise ConfigError(f"load_format: got dummy with {path}, allowed a directory with a config.json")
     source = path / "config.json"
     config = ModelConfig.from_hf(read_json_object(source), str(source))
     room, dtype = _room(cases, config), "bfloat16" if dtype == "auto" else dtype
-    cache_bytes = room["num_blocks"] * cache_block_bytes(
-        config, resolve_kv_cache_dtype("auto", dtype), DEFAULT_BLOCK_SIZE
-    )
+    kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
+    cache_bytes = room["num_blocks"] * cache_block_bytes(config, kv_cache_dtype, DEFAULT_BLOCK_SIZE)
     return NativeRunner(
         config,
         dummy_model(config, dtype, cache_bytes),
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         threads=threads or default_threads(),
         isa=choose_isa(),
         **room,

@@ -132,6 +132,7 @@ def latency_command(
                 path,
                 cases,
                 dtype=config.dtype,
+                kv_cache_dtype=config.kv_cache_dtype,
                 dummy=load_format == "dummy",
                 threads=config.threads,
                 cache_dir=config.cache_dir,

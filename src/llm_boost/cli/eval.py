@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_boost.cli.load import build_llm
-from llm_boost.cli.options import model_options
+from llm_boost.cli.options import cache_options, model_options
 from llm_boost.cli.progress import ProgressBar
 from llm_boost.errors import RequestError
 
@@ -27,6 +27,7 @@ Examples:
 
 @click.command("eval", epilog=_EXAMPLES)
 @model_options
+@cache_options
 @click.option("--file", "text_file", required=True, metavar="TEXT", help="The text, in UTF-8.")
 @click.option("--reference_dtype", metavar="TYPE", help="Compare with the model at this dtype.")
 @click.option(
@@ -61,7 +62,8 @@ def eval_command(
     if reference_dtype is not None:
         reference_dtype = check_dtype("--reference_dtype", reference_dtype)
     llm = build_llm(resolved)
-    reference = build_llm(resolve({**flags, "dtype": reference_dtype})) if reference_dtype else None
+    reference_flags = {**flags, "dtype": reference_dtype, "kv_cache_dtype": None}
+    reference = build_llm(resolve(reference_flags)) if reference_dtype else None
     token_ids, bos = _tokens(llm.tokenizer, text)
     span = context - (bos is not None)
     protocol = Protocol(context=context, stride=span if stride is None else stride, bos=bos)

@@ -42,6 +42,11 @@ def model_options(function: F) -> F:
                 help="float32 (fp32), bfloat16 (bf16), int8, int4, or auto (the default).",
             ),
             click.option(
+                "--kv_cache_dtype",
+                type=click.Choice(["auto", "float32", "int16", "int8"]),
+                help="Of the KV cache (default: int16; float32 for float32 weights).",
+            ),
+            click.option(
                 "--threads", type=int, metavar="N", help="Threads (default: the processor's cores)."
             ),
             click.option(
@@ -51,6 +56,15 @@ def model_options(function: F) -> F:
     ):
         function = decorate(function)
     return function
+
+
+def cache_options(function: F) -> F:
+    """Flags of the verbs that answer prompts."""
+    return click.option(
+        "--kv_cache_memory",
+        metavar="SIZE",
+        help="Memory for keys and values, as 2GB (default: what is needed and can be spared).",
+    )(function)
 
 
 def note(line: str) -> None:

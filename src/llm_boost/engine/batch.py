@@ -43,6 +43,14 @@ class ModelRunner(Protocol):
     @property
     def max_model_len(self) -> int: ...
 
+    def position_salt(self, num_prompt_tokens: int) -> int:
+        """Equal for two prompts' lengths if the same tokens get the same keys and values in both."""
+        ...
+
     def run(self, batch: Batch) -> FloatArray:
-        """Logits [R, vocab_size] of `batch.logit_rows`; the array is valid until the next call."""
+        """Logits [R, vocab_size] of `batch.logit_rows`; the array is valid until the next call.
+
+        A sequence may read a block that another fills in the same step, if that has more than one token in
+        it: each layer then writes all its keys and values before it reads any.
+        """
         ...

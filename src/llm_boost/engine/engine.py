@@ -7,23 +7,22 @@ from collections.abc import Collection, Iterable
 from heapq import heappop, heappush
 from typing import Any
 
-from llm_boost._native import Sampler
-from llm_boost.engine.batch import FloatArray, ModelRunner
+from llm_boost.engine.batch import ModelRunner
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.build_batch import build_batch
+from llm_boost.engine.grammar import GrammarError
 from llm_boost.engine.intake import EngineTokenizer, Intake
 from llm_boost.engine.outputs import FinishReason, RequestOutput
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.request import Completion, Request
-from llm_boost.engine.sampler import Sampled, sample
+from llm_boost.engine.sampler import Sampled, TokenSampler
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler import Scheduler
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.stats import EngineCounters, EngineStats
 from llm_boost.errors import ConfigError, RequestError
 
-DEFAULT_MAX_NUM_SEQS = 64
-DEFAULT_MAX_NUM_BATCHED_TOKENS = 512
-MAX_NUM_BATCHED_TOKENS = 1 << 20
+MAX_SEED = 2**64 - 1
 
 
 class Engine:
@@ -37,41 +36,23 @@ class Engine:
         runner: ModelRunner,
         tokenizer: EngineTokenizer,
         eos_token_ids: Collection[int],
+        config: SchedulerConfig | None = None,
         *,
-        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
-        max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS,
         seed: int = 0,
         threads: int = 1,
     ) -> None:
-        self.check_limits(max_num_seqs, max_num_batched_tokens, seed)
+        config = config or SchedulerConfig()
+        check_seed(seed)
         self.runner = runner
-        self.blocks = BlockManager(runner.num_blocks, runner.block_size)
-        self.scheduler = Scheduler(
-            self.blocks, max_num_seqs=max_num_seqs, max_num_batched_tokens=max_num_batched_tokens
-        )
+        self.blocks = BlockManager(runner.num_blocks, runner.block_size, caching=config.enable_prefix_caching)
+        self.scheduler = Scheduler(self.blocks, config)
         self._tokenizer = tokenizer
-        self._sampler = Sampler(runner.vocab_size, threads)
-        self._intake = Intake(runner, tokenizer, eos_token_ids, seed)
+        self._sampler = TokenSampler(runner.vocab_size, threads, self._text_of)
+        self._intake = Intake(runner, tokenizer, eos_token_ids, config, seed)
         self._requests: dict[str, Request] = {}
         self._by_number: dict[int, Request] = {}
         self._deadlines: list[tuple[float, int]] = []  # a heap, with the requests' numbers
         self._counters = EngineCounters()
-
-    @staticmethod
-    def check_limits(max_num_seqs: int, max_num_batched_tokens: int, seed: int) -> None:
-        """ConfigError for a limit that no engine could keep."""
-        limits = {
-            "max_num_batched_tokens": (max_num_batched_tokens, 1, MAX_NUM_BATCHED_TOKENS),
-            "max_num_seqs": (
-                max_num_seqs,
-                1,
-                max_num_batched_tokens,
-            ),  # each running sequence needs a token a step
-            "seed": (seed, 0, 2**64 - 1),
-        }
-        for name, (value, low, high) in limits.items():
-            if isinstance(value, bool) or not isinstance(value, int) or not low <= value <= high:
-                raise ConfigError(f"{name}: got {value!r}, allowed an integer from {low} to {high}")
 
     @property
     def has_work(self) -> bool:
@@ -98,7 +79,7 @@ class Engine:
         Args:
             stream: every step publishes the output so far; else only the end is published.
             priority: lower comes first, in waiting and in keeping its memory, as in vLLM; but one that has
-                waited PRIORITY_STEP_SECONDS comes before newer ones of the priority before its own.
+                waited policies.PRIORITY_STEP_SECONDS comes before newer ones of the priority before.
             timeout: seconds from now until it ends, with the finish reason "timeout" and what there is.
         """
         return self._intake.request(
@@ -121,20 +102,20 @@ class Engine:
         """Computes one batch; the outputs of requests that end with it, and of streaming ones that grow."""
         start = time.monotonic()
         ended = self._end_overdue(start)
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(start)
         if not chunks:
             return ended
         last = [self._completion(chunk.sequence.order) for chunk in chunks if chunk.is_last]
         try:
             logits = self.runner.run(build_batch(chunks))
-            samples = self._sample(logits, last)
+            samples = self._sampler.sample(logits, last)
         except Exception as error:  # this batch's completions end with it, the loop does not
             everyone = [self._completion(chunk.sequence.order) for chunk in chunks]
+            self.blocks.forget()
             for completion in everyone:
                 self._fail(completion, f"the model failed: {_one_line(error)}")
             return ended + self._publish(everyone)
-        for chunk in chunks:
-            chunk.sequence.num_computed += chunk.num_tokens
+        self.scheduler.computed(chunks)
         for completion, sampled in zip(last, samples, strict=True):
             self._append(completion, sampled)
         self._counters.count(sum(chunk.num_tokens for chunk in chunks), len(last), time.monotonic() - start)
@@ -169,11 +150,8 @@ class Engine:
         number, index = order
         return self._by_number[number].completions[index]
 
-    def _sample(self, logits: FloatArray, completions: list[Completion]) -> list[Sampled]:
-        def decode(token: int) -> str:
-            return self._tokenizer.decode([token], skip_special_tokens=False)
-
-        return sample(self._sampler, logits, completions, decode)
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def _append(self, completion: Completion, sampled: Sampled) -> None:
         if sampled.fault is not None:
@@ -181,6 +159,9 @@ class Engine:
             return
         try:
             completion.append(sampled.token, sampled.logprobs)
+        except GrammarError as error:
+            self._fail(completion, f"structured_outputs: {error}")
+            return
         except Exception as error:  # a detokeniser that cannot cope with the text fails its own request only
             self._fail(completion, f"detokenising failed: {_one_line(error)}")
             return
@@ -208,6 +189,12 @@ class Engine:
         request.metrics.finished_time = time.monotonic()
         del self._requests[request.request_id], self._by_number[request.number]
         return request.output()
+
+
+def check_seed(seed: int) -> None:
+    """ConfigError unless the seed is one."""
+    if isinstance(seed, bool) or not isinstance(seed, int) or not 0 <= seed <= MAX_SEED:
+        raise ConfigError(f"seed: got {seed!r}, allowed an integer from 0 to {MAX_SEED}")
 
 
 def _one_line(error: Exception) -> str:

@@ -4,16 +4,17 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_boost.engine.batch import ModelRunner
-from llm_boost.engine.engine import DEFAULT_MAX_NUM_BATCHED_TOKENS, DEFAULT_MAX_NUM_SEQS, Engine
+from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
 from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.sampling_params import SamplingParams
+from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.vllm_options import check_vllm_options
 from llm_boost.errors import CheckpointError, RequestError
 
@@ -30,6 +31,9 @@ class LoadedRunner(ModelRunner, Protocol):
 
     @property
     def weight_bytes(self) -> int: ...
+
+    @property
+    def cache_bytes(self) -> int: ...
 
     @property
     def threads(self) -> int: ...
@@ -96,19 +100,24 @@ class LLM:
     Args:
         model: a Hugging Face directory, a GGUF file, or MindSpore's `.ckpt` or safetensors.
         dtype: of the weights: auto, float32, bfloat16, int8 or int4.
+        kv_cache_dtype: of the KV cache: auto, float32, int16 or int8 (half the memory of int16).
         max_model_len: tokens of prompt and output together; by default what the model was made for.
         threads: by default one for each physical core.
         seed: for requests without a seed of their own.
         cache_dir: where packed weights are kept.
-        block_size, num_blocks, kv_cache_memory: of the KV cache, in tokens, blocks and bytes; by default
-            chosen to hold max_num_seqs sequences within a part of the free memory.
+        block_size: of the KV cache, in tokens.
+        num_blocks, kv_cache_memory: its size in blocks, or in bytes. By default it holds max_num_seqs
+            sequences of max_model_len, or what fits in half of the memory that the weights leave free.
         max_num_seqs: sequences that run at the same time.
         max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
             smoother for the requests that run beside them.
+        enable_prefix_caching: what the KV cache still holds of a prompt's beginning is not computed again.
+            Prompts given as dictionaries may have a `cache_salt`: those of different salts share nothing.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
         progress: called with (bytes done, bytes in all) while the weights are packed.
-        vllm_options: other arguments of vLLM's LLM, accepted at the values at which they ask for nothing.
+        options: the other fields of SchedulerConfig, MindIE's scheduling terms; and other arguments of
+            vLLM's LLM, accepted at the values at which they ask for nothing.
     """
 
     def __init__(
@@ -116,6 +125,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         threads: int | None = None,
         seed: int = 0,
@@ -123,17 +133,26 @@ class LLM:
         block_size: int | None = None,
         num_blocks: int | None = None,
         kv_cache_memory: int | None = None,
-        max_num_seqs: int = DEFAULT_MAX_NUM_SEQS,
-        max_num_batched_tokens: int = DEFAULT_MAX_NUM_BATCHED_TOKENS,
+        max_num_seqs: int = SchedulerConfig.max_num_seqs,
+        max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
+        enable_prefix_caching: bool = SchedulerConfig.enable_prefix_caching,
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
         hf_config: Mapping[str, Any] | None = None,
         progress: Progress | None = None,
-        **vllm_options: Any,
+        **options: Any,
     ) -> None:
-        check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters)[:-1])
-        Engine.check_limits(max_num_seqs, max_num_batched_tokens, seed)
+        terms = {field.name for field in fields(SchedulerConfig)}
+        scheduling_options = {name: options.pop(name) for name in terms & options.keys()}
+        check_vllm_options(options, known=[*list(inspect.signature(LLM).parameters)[:-1], *terms])
+        scheduling = SchedulerConfig(
+            max_num_seqs=max_num_seqs,
+            max_num_batched_tokens=max_num_batched_tokens,
+            enable_prefix_caching=enable_prefix_caching,
+            **scheduling_options,
+        )
+        check_seed(seed)
         self._parts = load_parts(
             model,
             vocab_file=vocab_file,
@@ -141,6 +160,7 @@ class LLM:
             tokenizer_overrides=tokenizer_overrides,
             hf_config=hf_config,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             cache_dir=cache_dir,
             max_model_len=max_model_len,
@@ -155,8 +175,7 @@ class LLM:
             self._parts.runner,
             self._parts.tokenizer,
             self._eos_token_ids(),
-            max_num_seqs=max_num_seqs,
-            max_num_batched_tokens=max_num_batched_tokens,
+            scheduling,
             seed=seed,
             threads=self._parts.runner.threads,
         )
@@ -178,6 +197,16 @@ class LLM:
     def weight_bytes(self) -> int:
         """Size of the packed weights."""
         return self._parts.runner.weight_bytes
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the KV cache holds, of all sequences together."""
+        return self._parts.runner.num_blocks * self._parts.runner.block_size
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory that a full KV cache takes; what is not used yet takes none."""
+        return self._parts.runner.cache_bytes
 
     @property
     def threads(self) -> int:

@@ -70,4 +70,5 @@ class RequestOutput:
     outputs: list[CompletionOutput]
     finished: bool
     metrics: RequestMetrics
+    num_cached_tokens: int = 0  # of the prompt, those that were not computed: the prefix cache had them
     error: str | None = field(default=None)  # why a completion has the finish reason "error"

@@ -11,11 +11,15 @@ from llm_boost.engine.batch import Int32Array
 from llm_boost.errors import RequestError
 
 
-class TextPrompt(TypedDict):
+class _Salted(TypedDict, total=False):
+    cache_salt: str  # prompts of different salts, such as tenants', share nothing in the prefix cache
+
+
+class TextPrompt(_Salted):
     prompt: str
 
 
-class _TokensPromptText(TypedDict, total=False):
+class _TokensPromptText(_Salted, total=False):
     prompt: str  # the text of the tokens, if it is known: it comes back in the output
 
 
@@ -26,6 +30,7 @@ class TokensPrompt(_TokensPromptText):
 Prompt = str | TextPrompt | TokensPrompt
 
 _ALLOWED = "a string, {'prompt': str} or {'prompt_token_ids': [int, ...]}"
+_KEYS = {"prompt", "prompt_token_ids", "cache_salt"}
 
 
 class Encoder(Protocol):
@@ -36,12 +41,20 @@ def tokenize(prompt: Any, encoder: Encoder, vocab_size: int) -> tuple[str | None
     """The prompt's text (None if it came as ids) and its token ids [tokens]; RequestError for all else."""
     if not isinstance(prompt, dict):
         return _text(prompt), check_token_ids(encoder.encode(_text(prompt)), vocab_size)
-    if not prompt or not prompt.keys() <= {"prompt", "prompt_token_ids"}:
+    if not prompt.keys() <= _KEYS or prompt.keys() <= {"cache_salt"}:
         raise RequestError(f"prompt: got the keys {sorted(map(str, prompt))}, allowed {_ALLOWED}")
     text = _text(prompt["prompt"]) if prompt.get("prompt") is not None else None
     if "prompt_token_ids" in prompt:
         return text, check_token_ids(prompt["prompt_token_ids"], vocab_size)
     return tokenize(prompt["prompt"], encoder, vocab_size)
+
+
+def cache_salt(prompt: Any) -> str | None:
+    """The salt that comes with a prompt; RequestError unless it is text."""
+    salt = prompt.get("cache_salt") if isinstance(prompt, dict) else None
+    if salt is not None and (not isinstance(salt, str) or not salt):
+        raise RequestError(f"cache_salt: got {salt!r}, allowed text, not empty")
+    return salt
 
 
 def _text(prompt: Any) -> str:

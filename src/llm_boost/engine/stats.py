@@ -14,8 +14,11 @@ class EngineStats:
     num_running: int  # sequences
     num_waiting: int  # sequences
     num_blocks: int  # of the KV cache
-    num_free_blocks: int
+    num_free_blocks: int  # hold nothing
+    num_cached_blocks: int  # hold the beginning of a text that may come again, and can be had like free ones
     num_used_blocks: int
+    num_queried_tokens: int  # of sequences whose beginning was looked for in the prefix cache
+    num_hit_tokens: int  # of these, those that were found there
     num_preemptions: int
     num_steps: int
     num_computed_tokens: int  # of prompts and outputs, those computed twice included
@@ -48,8 +51,11 @@ class EngineCounters:
             num_running=len(scheduler.running),
             num_waiting=len(scheduler.waiting),
             num_blocks=blocks.num_blocks,
-            num_free_blocks=blocks.num_free,
+            num_free_blocks=blocks.num_free - blocks.num_cached,
+            num_cached_blocks=blocks.num_cached,
             num_used_blocks=blocks.num_blocks - blocks.num_free,
+            num_queried_tokens=blocks.num_queried_tokens,
+            num_hit_tokens=blocks.num_hit_tokens,
             num_preemptions=scheduler.num_preemptions,
             num_steps=self.num_steps,
             num_computed_tokens=self.num_computed_tokens,
