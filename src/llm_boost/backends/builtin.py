@@ -128,6 +128,7 @@ def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_opti
 
     options: dict[str, Any] = {
         "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "max_model_len": config.seq_length,
         "threads": config.threads,
         "seed": config.seed,

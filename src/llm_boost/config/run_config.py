@@ -50,6 +50,7 @@ class RunConfig(BaseModel):
 
     model: str
     dtype: Dtype = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "int16", "int8"] = "auto"
     seq_length: Positive | None = None  # tokens of prompt and continuation that a sequence can hold
     max_decode_length: Positive | None = None  # tokens of prompt and continuation that a run stops at
     max_new_tokens: Positive | None = None  # tokens of the continuation alone; outranks max_decode_length

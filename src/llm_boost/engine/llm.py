@@ -105,6 +105,7 @@ class LLM:
     Args:
         model: a Hugging Face directory, a GGUF file, or MindSpore's `.ckpt` or safetensors.
         dtype: of the weights: auto, float32, bfloat16, int8 or int4.
+        kv_cache_dtype: of the KV cache: auto, float32, int16 or int8 (half the memory of int16).
         max_model_len: tokens of prompt and output together; by default what the model was made for.
         threads: by default one for each physical core.
         seed: for requests without a seed of their own.
@@ -131,6 +132,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         threads: int | None = None,
         seed: int = 0,
@@ -174,6 +176,7 @@ class LLM:
             tokenizer_overrides=tokenizer_overrides,
             hf_config=hf_config,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             cache_dir=cache_dir,
             max_model_len=max_model_len,
