@@ -21,11 +21,11 @@ def packed(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture
 def serve(packed: Path) -> Iterator[Serve]:
-    """serve(model="qwen2", load=..., **flags): a service of the test's own."""
+    """serve(model="qwen2", load=..., before_step=..., **flags): a service of the test's own."""
     started: list[Live] = []
 
     def start(model: str = "qwen2", load: Any = None, changes: Any = None, **flags: Any) -> Live:
-        engine = {k: flags.pop(k) for k in ("max_num_seqs", "num_blocks") if k in flags}
+        engine = {k: flags.pop(k) for k in ("max_num_seqs", "num_blocks", "before_step") if k in flags}
         config = service_config({"model": str(model_dir(model)), "port": 0, **flags}, {})
         live = Live(replace(config, **(changes or {})), load or golden_loader(model, packed, **engine))
         started.append(live)

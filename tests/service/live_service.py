@@ -71,12 +71,28 @@ class Live:
         )
 
 
-def golden_loader(name: str, cache_dir: Path, **options: Any) -> Callable[[Any], Backend]:
-    run = resolve(
-        {"model": str(model_dir(name)), "dtype": "float32", "threads": 2, "cache_dir": str(cache_dir)}
-    )
+def golden_loader(
+    name: str, cache_dir: Path, before_step: Callable[[], None] | None = None, **options: Any
+) -> Callable[[Any], Backend]:
+    """Loads a golden model; `before_step` is called in the engine's thread before each of its steps."""
+    flags = {"model": str(model_dir(name)), "dtype": "float32", "threads": 2, "cache_dir": str(cache_dir)}
+    run = resolve(flags, None, {})
     sizes = {"max_model_len": 512, "num_blocks": 256, "max_num_seqs": 16, **options}
-    return lambda progress: BuiltinBackend.load(run, sizes, progress)
+
+    def load(progress: Any) -> Backend:
+        backend = BuiltinBackend.load(run, sizes, progress)
+        if before_step is not None:
+            runner: Any = backend._llm.engine.runner
+            step = runner.run
+
+            def run_after(batch: Any) -> Any:
+                before_step()
+                return step(batch)
+
+            runner.run = run_after
+        return backend
+
+    return load
 
 
 Serve = Callable[..., Live]

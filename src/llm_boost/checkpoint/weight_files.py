@@ -63,6 +63,10 @@ class WeightFiles:
         """The tensor as float32, float16 or bfloat16."""
         return self._floats(name, self._shard(name).read(name))
 
+    def stored(self, name: str) -> NDArray[Any]:
+        """The tensor in whatever type it is stored."""
+        return self._shard(name).read(name)
+
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) of it; no others are read."""
         shard = self._shard(name)

@@ -30,6 +30,19 @@ def _address(value: str) -> str:
     return value
 
 
+def _plugins(value: str) -> str:
+    if value and not isinstance(_json(value), dict):
+        raise ValueError("a JSON object as text, or an empty text")
+    return value
+
+
+def _json(text: str) -> Any:
+    try:
+        return json.loads(text)
+    except (ValueError, RecursionError):
+        return None
+
+
 def _not_zero(value: int) -> int:
     if value != -1 and value <= 0:
         raise ValueError("-1 (automatic) or a size in GB above 0")
@@ -54,7 +67,7 @@ Port = Annotated[Int, Field(ge=1024, le=65535)]
 Address = Annotated[str, AfterValidator(_address)]
 RelativePath = Annotated[str, Field(min_length=1, max_length=4096)]
 FileNames = Annotated[list[RelativePath], Field(max_length=3)]
-PolicyType = Annotated[Int, Field(ge=0, le=7)]
+PolicyType = Literal[0, 2]  # first come, first served; by priority
 Milliseconds = Annotated[Int, Field(ge=0, le=1000)]
 # Keys that have no effect here.
 IdleInt = Annotated[Int, _NoEffect()]
@@ -160,7 +173,7 @@ class ModelEntry(Section):
     npuMemSize: Annotated[Int, Field(ge=-1, le=65536), AfterValidator(_not_zero)] = -1  # GB; -1: automatic
     backendType: Literal["atb", "ms", "torch", "cpu"] = "ms"
     trustRemoteCode: IdleBool = False
-    plugin_params: str = ""
+    plugin_params: Annotated[str, AfterValidator(_plugins)] = ""
 
 
 class DeploySection(Section):
@@ -192,7 +205,7 @@ class ScheduleSection(Section):
     maxFirstTokenWaitTime: Annotated[Int, Field(ge=0, le=3_600_000)] = 2500
     maxN: Annotated[Int, Field(ge=1, le=8192)] = 128
     stageSelectPolicy: Annotated[Int, Field(ge=0, le=2)] = 0
-    policyType: Literal[0, 4, 5, 6, 7] = 0
+    policyType: Annotated[Literal[0, 4, 5, 6, 7], _NoEffect()] = 0
     dynamicBatchSizeEnable: IdleBool = False
     prefillExpectedTime: Annotated[IdleInt, Field(ge=1, le=10_000)] = 1500
     decodeExpectedTime: Annotated[IdleInt, Field(ge=1, le=10_000)] = 50
@@ -283,7 +296,7 @@ def read_mindie_config(path: str | Path, overrides: Mapping[str, Any] | None = N
         root = MindieFile.model_validate(data)
     except ValidationError as error:
         raise ConfigError(f"{path}: {_first_problem(error)}") from None
-    config = MindieConfig(path, root, tuple(_without_effect(root)))
+    config = MindieConfig(path, root, (*_without_effect(root), *_without_effect_as_set(root)))
     _check_together(config)
     return config
 
@@ -383,6 +396,16 @@ def _without_effect(section: Section, prefix: str = "") -> Iterator[str]:
             for index, item in enumerate(value):
                 if isinstance(item, Section):
                     yield from _without_effect(item, f"{prefix}{name}[{index}].")
+
+
+def _without_effect_as_set(root: MindieFile) -> Iterator[str]:
+    """Keys of which some values do something here, and those that were given do not."""
+    entry = root.BackendConfig.ModelDeployConfig.ModelConfig[0]
+    plugins = (_json(entry.plugin_params) or {}).get("plugin_type", "prefix_cache")
+    if set(str(plugins).split(",")) - {"prefix_cache", "splitfuse"}:
+        yield "BackendConfig.ModelDeployConfig.ModelConfig[0].plugin_params"
+    if root.BackendConfig.ScheduleConfig.stageSelectPolicy == 2:
+        yield "BackendConfig.ScheduleConfig.stageSelectPolicy"
 
 
 def _check_together(config: MindieConfig) -> None:

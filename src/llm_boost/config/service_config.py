@@ -161,6 +161,8 @@ def _planes(base: ServiceConfig, given: Mapping[str, Any]) -> tuple[Plane, Plane
 
     def beside(plane: Plane, flag: str) -> Plane:
         shared = plane == base.business
+        if shared and flag not in given:
+            return business
         return Plane(
             given.get("host", plane.host) if shared else plane.host,
             given.get(flag, business.port if shared else plane.port),
@@ -257,10 +259,20 @@ def _engine_options(config: MindieConfig) -> dict[str, Any]:
     options: dict[str, Any] = {
         "max_model_len": config.deploy.maxSeqLen,
         "max_num_seqs": schedule.maxBatchSize,
-        "max_num_batched_tokens": max(
-            schedule.maxBatchSize, 512
-        ),  # each running sequence needs a token a step
+        "max_num_batched_tokens": max(schedule.maxBatchSize, 512),  # a token a step for each sequence
         "block_size": schedule.cacheBlockSize,
+        "template_type": schedule.templateType,
+        "max_prefill_batch_size": schedule.maxPrefillBatchSize,
+        "max_prefill_tokens": schedule.maxPrefillTokens,
+        "max_iter_times": schedule.maxIterTimes,
+        "max_first_token_wait_time": schedule.maxFirstTokenWaitTime,
+        "max_preempt_count": schedule.maxPreemptCount,
+        "support_select_batch": schedule.supportSelectBatch or schedule.stageSelectPolicy == 1,
+        "prefill_time_ms_per_req": schedule.prefillTimeMsPerReq,
+        "decode_time_ms_per_req": schedule.decodeTimeMsPerReq,
+        "max_queue_delay_microseconds": schedule.maxQueueDelayMicroseconds,
+        "prefill_policy_type": schedule.prefillPolicyType,
+        "decode_policy_type": schedule.decodePolicyType,
     }
     if config.model.npuMemSize > 0:
         options["kv_cache_memory"] = config.model.npuMemSize << 30

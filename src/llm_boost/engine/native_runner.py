@@ -181,13 +181,13 @@ class _Entries:
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:
-    """One of DTYPES; raises ConfigError. auto: bfloat16, but int8 for a quantised GGUF."""
+    """One of DTYPES; raises ConfigError. auto: bfloat16, but int8 for a quantised checkpoint."""
     if dtype == "auto":
         floats = {"float32", "float16", "bfloat16"}
         quantised = any(
             info.dtype not in floats and len(info.shape) == 2 for info in checkpoint.tensors.values()
         )
-        return "int8" if quantised and checkpoint.format == "gguf" else "bfloat16"
+        return "int8" if quantised else "bfloat16"
     name = ALIASES.get(dtype, dtype)
     if name not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, allowed auto, {', '.join((*DTYPES, *ALIASES))}")

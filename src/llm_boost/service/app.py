@@ -13,12 +13,19 @@ from starlette.responses import Response
 from starlette.routing import Route
 
 from llm_boost.config.service_config import ServiceConfig
-from llm_boost.service import management, openai_api, tgi
-from llm_boost.service.endpoint import Endpoint, EndpointApp, PlaneName, fault_response
+from llm_boost.service import management, native, openai_api, openapi, tgi, triton
+from llm_boost.service.endpoint import Endpoint, EndpointApp, Family, PlaneName, fault_response
 from llm_boost.service.faults import Fault, Kind, Shape, mindie_shape, openai_shape, tgi_shape
 from llm_boost.service.service import Service
 
-ENDPOINTS: tuple[Endpoint, ...] = (*openai_api.ENDPOINTS, *tgi.ENDPOINTS, *management.ENDPOINTS)
+ENDPOINTS: tuple[Endpoint, ...] = (
+    *openai_api.ENDPOINTS,
+    *tgi.ENDPOINTS,
+    *triton.ENDPOINTS,
+    *native.ENDPOINTS,
+    *management.ENDPOINTS,
+    *openapi.ENDPOINTS,
+)
 
 
 def build_app(service: Service, planes: Collection[PlaneName]) -> Starlette:
@@ -39,11 +46,13 @@ def build_app(service: Service, planes: Collection[PlaneName]) -> Starlette:
             )
         )
     app = Starlette(routes=routes, middleware=middleware)
+    shapes = {e.family: shape_of(e.family, config) for e in chosen}
+    app.state.openapi = openapi.document(chosen, shapes, config)
     app.add_exception_handler(HTTPException, _no_such_endpoint)
     return app
 
 
-def shape_of(family: str, config: ServiceConfig) -> Shape:
+def shape_of(family: Family, config: ServiceConfig) -> Shape:
     """How a family tells of errors."""
     if family == "openai" and not config.mindie_errors:
         return openai_shape

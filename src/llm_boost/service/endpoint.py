@@ -23,6 +23,7 @@ from llm_boost.service.logs import log
 from llm_boost.service.service import Service
 
 PlaneName = Literal["business", "management", "metrics"]
+Family = Literal["openai", "tgi", "triton", "native", "management"]
 _REQUEST_ID = re.compile(r"[\w.:-]{1,128}", re.ASCII)
 
 
@@ -52,15 +53,19 @@ class Endpoint:
     method: Literal["GET", "POST"]
     path: str
     handler: Handler
-    plane: PlaneName
-    family: str
+    family: Family
     summary: str
+    plane: PlaneName = "business"
     body: type[BaseModel] | None = None
-    parse: Parser | None = None  # where the body itself decides on its model
-    answer: Any = None  # a model, or a type, of the answer with status 200
-    streams: bool = False  # may answer with server-sent events
+    or_body: type[BaseModel] | None = None  # another model of it
+    parse: Parser | None = None  # which of the two it is, as the body itself decides
+    answers: tuple[str, ...] = ("application/json",)  # media types of the answer
     open: bool = False  # needs no key
     also: tuple[PlaneName, ...] = ()  # further planes that serve it
+
+    @property
+    def bodies(self) -> list[type[BaseModel]]:
+        return [model for model in (self.body, self.or_body) if model is not None]
 
 
 class EndpointApp:
@@ -87,8 +92,10 @@ class EndpointApp:
     async def _admitted(self, call: Call) -> Response | None:
         """Key and body; None when both are well, else what to answer."""
         try:
+            config = self._service.config
             if not self._endpoint.open:
-                _check_key(call.request, self._service.config.api_keys)
+                _check_key(call.request, config.api_keys)
+            _check_site(call.request, config.allowed_origins)
             await self._read_body(call)
         except Fault as fault:
             return fault_response(fault, self._shape)
@@ -96,7 +103,7 @@ class EndpointApp:
 
     async def _read_body(self, call: Call) -> None:
         endpoint = self._endpoint
-        if endpoint.body is None and endpoint.parse is None:
+        if not endpoint.bodies:
             return
         value = await read_json(call.request, self._service.config.limits)
         if endpoint.parse is not None:
@@ -165,6 +172,14 @@ def _check_key(request: Request, keys: tuple[str, ...]) -> None:
     matches = [hmac.compare_digest(given.encode(), key.encode()) for key in keys]
     if not any(matches):
         raise Fault("unauthorized", "Incorrect API key provided: send Authorization: Bearer KEY.")
+
+
+def _check_site(request: Request, allowed: tuple[str, ...]) -> None:
+    """A browser says when a page of another site asks: such a page could stop a service on loopback."""
+    if request.headers.get("sec-fetch-site") not in ("cross-site", "same-site"):
+        return
+    if request.headers.get("origin") not in allowed and "*" not in allowed:
+        raise Fault("forbidden", "Pages of other sites may not call: see --allowed_origin.")
 
 
 def _log_request(call: Call, status: int | None, seconds: float) -> None:

@@ -3,7 +3,9 @@
 from __future__ import annotations
 
 import contextlib
+import json
 from collections.abc import AsyncGenerator
+from typing import Any
 
 import anyio
 from starlette.responses import Response
@@ -12,6 +14,7 @@ from starlette.types import Receive, Scope, Send
 from llm_boost.service.http_protocol import ABORT
 
 SSE = "text/event-stream"
+STREAMS = ("application/json", SSE)  # as the request chooses
 
 
 class EventStream(Response):
@@ -52,6 +55,11 @@ class EventStream(Response):
     async def _write(self, send: Send, message: dict[str, object]) -> None:
         with anyio.fail_after(self._write_timeout):
             await send(message)
+
+
+def sse_event(value: Any) -> bytes:
+    """A JSON value as one server-sent event."""
+    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def _body(event: bytes) -> dict[str, object]:

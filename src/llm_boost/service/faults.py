@@ -14,6 +14,7 @@ Kind = Literal[
     "too_large",  # the body
     "slow",  # the body did not arrive in time
     "unauthorized",
+    "forbidden",  # a web page of another site asks
     "overloaded",  # try again later
     "unavailable",  # the service is loading, draining or stopped
     "failed",  # the engine failed, or a time limit was reached
@@ -57,6 +58,7 @@ _MINDIE: Mapping[Kind, tuple[int, str]] = {
     "not_found": (404, "NotFoundError"),
     "slow": (408, "Request Timeout"),
     "unauthorized": (401, "Unauthorized"),
+    "forbidden": (403, "Forbidden"),
     "overloaded": (429, "Service Overloaded"),
     "unavailable": (503, "Service Unavailable"),
     "failed": (500, "Incomplete Generation"),
@@ -68,6 +70,7 @@ _TGI: Mapping[Kind, tuple[int, str]] = {
     "too_large": (413, "validation"),
     "slow": (408, "validation"),
     "unauthorized": (401, "unauthorized"),
+    "forbidden": (403, "forbidden"),
     "overloaded": (429, "overloaded"),
     "unavailable": (503, "healthcheck"),
     "failed": (500, "incomplete_generation"),
@@ -79,6 +82,7 @@ _OPENAI: Mapping[Kind, tuple[int, str, str | None]] = {
     "too_large": (413, "invalid_request_error", None),
     "slow": (408, "invalid_request_error", None),
     "unauthorized": (401, "invalid_request_error", "invalid_api_key"),
+    "forbidden": (403, "invalid_request_error", None),
     "overloaded": (429, "rate_limit_error", "rate_limit_exceeded"),
     "unavailable": (503, "server_error", None),
     "failed": (500, "server_error", None),

@@ -8,6 +8,8 @@ import logging.handlers
 import queue
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from llm_boost.config.service_config import LogSettings
@@ -43,8 +45,9 @@ class JsonLines(logging.Formatter):
         return json.dumps(entry, default=str)
 
 
-def start_logs(settings: LogSettings) -> logging.handlers.QueueListener:
-    """Begins to log; `stop()` of what it returns writes the rest.
+@contextmanager
+def logging_to(settings: LogSettings) -> Iterator[None]:
+    """Logs for as long as the block runs; what is left is written at its end.
 
     Raises:
         ConfigError: the log file cannot be written.
@@ -70,15 +73,24 @@ def start_logs(settings: LogSettings) -> logging.handlers.QueueListener:
     level = _LEVELS[settings.level]
     for name, lowest in (("llm_boost.service", level), ("uvicorn", max(level, logging.WARNING))):
         logger = logging.getLogger(name)
-        logger.handlers = [_Queue(lines)]
+        handler = _Queue(lines)
+        handler.listener = listener
+        logger.handlers = [handler]
         logger.propagate = False
         logger.setLevel(lowest)
     listener.start()
-    return listener
+    try:
+        yield
+    finally:
+        listener.stop()
+        for name in ("llm_boost.service", "uvicorn"):
+            logging.getLogger(name).handlers.clear()
 
 
 class _Queue(logging.handlers.QueueHandler):
     """Hands the record over as it is: the extra fields stay fields."""
+
+    listener: logging.handlers.QueueListener | None = None  # who writes what is handed over
 
     def prepare(self, record: logging.LogRecord) -> logging.LogRecord:
         return record

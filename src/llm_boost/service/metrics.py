@@ -53,8 +53,8 @@ class Metrics:
         self._latency = self._histogram("e2e_request_latency_seconds", "From arrival to end", _END_TO_END)
         self._prompt_size = self._histogram("request_prompt_tokens", "Prompt tokens of a request", _TOKENS)
         self._new_size = self._histogram("request_generation_tokens", "Tokens made for a request", _TOKENS)
-        self.recent_first: deque[float] = deque(maxlen=_RECENT)  # seconds to the first token
-        self.recent_per_token: deque[float] = deque(maxlen=_RECENT)
+        self._recent_first: deque[float] = deque(maxlen=_RECENT)  # seconds to the first token
+        self._recent_per_token: deque[float] = deque(maxlen=_RECENT)
 
     def watch(self, backend: Backend, admission: Admission) -> None:
         """Adds the gauges, read from the engine whenever somebody asks."""
@@ -87,11 +87,20 @@ class Metrics:
         if metrics.first_token_time is not None:
             seconds = metrics.first_token_time - record.start
             self._first.observe(seconds)
-            self.recent_first.append(seconds)
+            self._recent_first.append(seconds)
         if metrics.decode_tokens_per_second is not None:
             seconds = len(output.outputs) / metrics.decode_tokens_per_second
             self._per_token.observe(seconds)
-            self.recent_per_token.append(seconds)
+            self._recent_per_token.append(seconds)
+
+    @property
+    def mean_first_token(self) -> float:
+        """Seconds, of the last requests."""
+        return sum(self._recent_first) / max(len(self._recent_first), 1)
+
+    @property
+    def mean_per_token(self) -> float:
+        return sum(self._recent_per_token) / max(len(self._recent_per_token), 1)
 
     @property
     def failed_share(self) -> float:
@@ -153,6 +162,7 @@ class _Gauges(Collector):
         waiting = stats.num_waiting + self._admission.queued
         used = stats.num_used_blocks / max(stats.num_blocks, 1)
         computed, generated = self._rates(stats.num_computed_tokens, stats.num_generated_tokens)
+        hit_rate = stats.num_hit_tokens / max(stats.num_queried_tokens, 1)
         gauges = {
             "num_requests_running": ("Sequences that run", stats.num_running),
             "num_requests_waiting": ("Requests that wait", waiting),
@@ -162,6 +172,9 @@ class _Gauges(Collector):
             "failed_request_perc": ("Share of requests that failed, 1 = 100%", self._metrics.failed_share),
             "npu_cache_usage_perc": ("Share of the KV cache in use, 1 = 100%", used),
             "cpu_cache_usage_perc": ("Always 0: nothing is swapped out", 0),
+            "npu_prefix_cache_hit_rate": ("Share of prompt tokens found in the cache, 1 = 100%", hit_rate),
+            "all_radix_match_num": ("Prompt tokens looked for in the cache", stats.num_queried_tokens),
+            "npu_radix_match_hit_num": ("Prompt tokens found in the cache", stats.num_hit_tokens),
             "vllm:num_requests_running": ("Sequences that run", stats.num_running),
             "vllm:num_requests_waiting": ("Requests that wait", waiting),
             "vllm:kv_cache_usage_perc": ("Share of the KV cache in use, 1 = 100%", used),

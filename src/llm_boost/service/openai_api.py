@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator, Iterable
 from dataclasses import dataclass
@@ -14,7 +13,7 @@ from starlette.responses import JSONResponse, Response
 from llm_boost.engine.outputs import CompletionOutput, Logprob, RequestOutput
 from llm_boost.service.choices import Follower, News, merged
 from llm_boost.service.endpoint import Call, Endpoint
-from llm_boost.service.events import EventStream
+from llm_boost.service.events import STREAMS, EventStream, sse_event
 from llm_boost.service.faults import Fault, invalid
 from llm_boost.service.openai_models import ChatRequest, CompletionRequest, SamplingBody
 from llm_boost.service.service import Ask, Service
@@ -169,11 +168,20 @@ async def chat_completions(call: Call) -> Response:
         "logprobs": (body.top_logprobs or 0) if wants_logprobs else None,
     }
     ask = _ask(call, body, [message.for_template() for message in body.messages], sampling, 0)
-    ask.template_options = dict(body.chat_template_kwargs or {})
+    ask.template_options = _template_options(body)
     if body.add_generation_prompt is not None:
         ask.template_options["add_generation_prompt"] = body.add_generation_prompt
     style = ChatStyle(_reply(call, "chatcmpl", "chat.completion"), body, wants_logprobs=bool(wants_logprobs))
     return await _answer(call, body, [ask], style)
+
+
+def _template_options(body: ChatRequest) -> dict[str, Any]:
+    options = dict(body.chat_template_kwargs or {})
+    taken = {"chat_template", "messages", "tools", "add_generation_prompt"} & options.keys()
+    if body.chat_template is not None or taken:
+        name = min(taken, default="chat_template")
+        raise invalid(f"{name}: templates of requests are not run; the model's own is.", name)
+    return options
 
 
 class ChatStyle:
@@ -277,7 +285,7 @@ async def _events(
             async for number, output in stream:
                 if number not in last:
                     for chunk in style.opening(number):
-                        yield _event(chunk)
+                        yield sse_event(chunk)
                 last[number] = output
                 for news in followers[number].news(output):
                     for chunk in style.chunk(number, news, config.full_text):
@@ -285,21 +293,17 @@ async def _events(
                             chunk["usage"] = usage(last.values())
                         if config.full_text and news.ends:
                             chunk["full_text"] = news.completion.text
-                        yield _event(chunk)
+                        yield sse_event(chunk)
     except Fault as fault:
         if not last:  # nothing was sent yet: the fault becomes the answer's status
             raise
         call.notes["fault"] = str(fault)
-        yield _event(call.shape(fault).body)
+        yield sse_event(call.shape(fault).body)
     else:
         if with_usage:
             head = style.reply.head("chat.completion.chunk" if isinstance(style, ChatStyle) else None)
-            yield _event({**head, "choices": [], "usage": usage(last.values())})
+            yield sse_event({**head, "choices": [], "usage": usage(last.values())})
     yield DONE
-
-
-def _event(value: dict[str, Any]) -> bytes:
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
 
 
 def finish_reason(completion: CompletionOutput) -> str:
@@ -314,14 +318,14 @@ def usage(outputs: Iterable[RequestOutput]) -> dict[str, int]:
 
 
 ENDPOINTS = (
-    Endpoint("GET", "/v1/models", list_models, "business", "openai", "The models served"),
-    Endpoint("GET", "/v1/models/{model}", show_model, "business", "openai", "One of them"),
+    Endpoint("GET", "/v1/models", list_models, "openai", "The models served"),
+    Endpoint("GET", "/v1/models/{model}", show_model, "openai", "One of them"),
     Endpoint(
-        "POST", "/v1/completions", completions, "business", "openai", "Complete a prompt",
-        body=CompletionRequest, streams=True,
+        "POST", "/v1/completions", completions, "openai", "Complete a prompt",
+        body=CompletionRequest, answers=STREAMS,
     ),
     Endpoint(
-        "POST", "/v1/chat/completions", chat_completions, "business", "openai", "Answer a conversation",
-        body=ChatRequest, streams=True,
+        "POST", "/v1/chat/completions", chat_completions, "openai", "Answer a conversation",
+        body=ChatRequest, answers=STREAMS,
     ),
 )  # fmt: skip

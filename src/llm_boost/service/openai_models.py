@@ -171,4 +171,5 @@ class ChatRequest(SamplingBody):
         Annotated[int, Field(ge=0, le=20), Says("Parameter top logprobs must be in [0, 20], got {}.")] | None
     ) = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    chat_template: str | None = None  # refused: nothing from a request is run
     add_generation_prompt: bool | None = None

@@ -19,7 +19,7 @@ from llm_boost.errors import ConfigError, LLMBoostError
 from llm_boost.service.app import build_app
 from llm_boost.service.endpoint import PlaneName
 from llm_boost.service.http_protocol import LimitedHttpProtocol
-from llm_boost.service.logs import log, start_logs
+from llm_boost.service.logs import log, logging_to
 from llm_boost.service.service import Service
 from llm_boost.service.tls import tls_context
 from llm_boost.service.watchdog import Watchdog, end_process
@@ -40,8 +40,9 @@ class Running:
     loop: asyncio.AbstractEventLoop
 
     def stop(self) -> None:
-        """Begins to drain; from any thread."""
-        self.loop.call_soon_threadsafe(self.service.stop_requested.set)
+        """Begins to drain; from any thread. Nothing happens when it has ended."""
+        with contextlib.suppress(RuntimeError):  # the loop is closed
+            self.loop.call_soon_threadsafe(self.service.stop_requested.set)
 
 
 OnReady = Callable[[Running], None]
@@ -61,13 +62,10 @@ def run_service(config: ServiceConfig, load: Load, on_ready: OnReady) -> int:
     """
     import uvloop
 
-    listener = start_logs(config.log)
-    try:
-        with contextlib.ExitStack() as stack:
-            servers = [stack.enter_context(_bound(*entry)) for entry in _addresses(config)]
-            return uvloop.run(_serve(config, servers, load, on_ready))
-    finally:
-        listener.stop()
+    with contextlib.ExitStack() as stack:
+        stack.enter_context(logging_to(config.log))
+        servers = [stack.enter_context(_bound(*entry)) for entry in _addresses(config)]
+        return uvloop.run(_serve(config, servers, load, on_ready))
 
 
 class _Listening(uvicorn.Server):
@@ -93,7 +91,8 @@ def _addresses(config: ServiceConfig) -> Iterator[tuple[Plane, tuple[PlaneName, 
     found: dict[tuple[str, int], tuple[Plane, list[PlaneName]]] = {}
     for name in names:
         plane: Plane = getattr(config, name)
-        found.setdefault((plane.host, plane.port), (plane, []))[1].append(name)
+        address = plane.host, plane.port or -id(plane)  # port 0 is another one for each plane
+        found.setdefault(address, (plane, []))[1].append(name)
     for plane, planes in found.values():
         yield plane, tuple(planes)
 
@@ -128,10 +127,10 @@ async def _serve(
         backend = await _loaded(service, load)
         if backend is None:  # told to stop before it was loaded
             return 0
-        stack.callback(service.close)
         service.start(backend)
         watchdog = Watchdog(service, asyncio.get_running_loop(), config.limits.watchdog_timeout)
-        stack.callback(watchdog.stop)
+        stack.callback(watchdog.stop)  # after the backend was closed: a stuck engine does not let itself be
+        stack.callback(service.close)
         addresses = {name: server.url for server in servers for name in server.planes}
         log.info("ready", extra={"model": config.name, "addresses": addresses})
         on_ready(Running(service, addresses, asyncio.get_running_loop()))

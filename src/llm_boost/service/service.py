@@ -59,6 +59,8 @@ class Service:
         self.started = time.time()
         self.stop_requested = asyncio.Event()
         self._backend: Backend | None = None
+        self._waits: dict[str, anyio.CancelScope] = {}  # of requests that wait for a place, by their id
+        self._probe: asyncio.Task[None] | None = None
 
     @property
     def backend(self) -> Backend:
@@ -180,12 +182,41 @@ class Service:
         seconds, whose = self._remaining(ask, start)
         async with contextlib.AsyncExitStack() as stack:
             try:
-                with anyio.fail_after(seconds):
+                with anyio.fail_after(seconds) as self._waits[ask.request_id]:
                     await stack.enter_async_context(place)
             except TimeoutError:
                 raise _timeout(whose) from None
+            finally:
+                stopped = self._waits.pop(ask.request_id).cancel_called
+            if stopped:
+                raise Fault("failed", "The request was stopped before it ran.")
             self.check_phase()
             yield
+
+    async def abort(self, request_id: str) -> bool:
+        """Ends a request that runs or waits; False if there is none of this id."""
+        wait = self._waits.get(request_id)
+        if wait is not None:
+            wait.cancel()
+            return True
+        return await self.backend.abort(request_id)
+
+    async def makes_a_token(self, seconds: float) -> bool:
+        """Whether the engine makes a token within so many seconds. Those who ask together share one."""
+        if self._probe is None or self._probe.done():
+            self._probe = asyncio.ensure_future(self._make_a_token(self.backend))
+        probe = self._probe
+        with anyio.move_on_after(seconds):
+            await asyncio.wait([probe])
+        return probe.done() and not probe.cancelled() and probe.exception() is None
+
+    async def _make_a_token(self, backend: Backend) -> None:
+        params = SamplingParams(max_tokens=1, temperature=0)
+        name = f"health-{uuid.uuid4().hex}"
+        prompt: TokensPrompt = {"prompt_token_ids": [min(backend.tokenizer.eos_token_ids, default=0)]}
+        async with contextlib.aclosing(backend.generate(prompt, params, name, priority=-1000)) as outputs:
+            async for _ in outputs:
+                pass
 
     def check_phase(self) -> None:
         if self.phase is Phase.FAILED:
