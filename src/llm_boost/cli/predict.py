@@ -10,8 +10,9 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from llm_boost.cli.load import build_llm, naming_origins
-from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note
+from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note, sampling_options
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
+from llm_boost.cli.sampling import sampling
 from llm_boost.cli.throughput import decode_speed, print_throughput
 from llm_boost.errors import ConfigError, EngineError, RequestError
 
@@ -57,19 +58,7 @@ Dashes do as well as underscores: --max-new-tokens.
 @click.option(
     "--batch_size", type=int, metavar="N", help="Repeat one prompt N times; run several N at a time."
 )
-@click.option("--do_sample", type=BOOL_TEXT, help="Sample, or take the likeliest token.")
-@click.option(
-    "--temperature", type=float, metavar="X", help="0 is greedy; a sampling flag turns sampling on."
-)
-@click.option("--top_k", type=int, metavar="N", help="Sample from the N likeliest tokens; 0: from all.")
-@click.option(
-    "--top_p", type=float, metavar="X", help="Sample from the likeliest tokens that hold this probability."
-)
-@click.option(
-    "--min_p", type=float, metavar="X", help="Sample from tokens this likely, relative to the likeliest."
-)
-@click.option("--repetition_penalty", type=float, metavar="X", help="Above 1 repeats less.")
-@click.option("--seed", type=int, metavar="N", help="Of sampling (default 0).")
+@sampling_options
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End the continuation before this text. Repeatable."
 )
@@ -232,27 +221,13 @@ def _params(llm: LLM, config: RunConfig, prompt: Prompt, prompt_tokens: int) -> 
     asked = {
         "ignore_eos": config.ignore_eos,
         "stop": config.stop,
-        **_sampling(llm, config),
+        **sampling(llm, config),
         **prompt.sampling,
     }
     if not asked["ignore_eos"]:
         asked["stop_token_ids"] = config.eos_token_ids
     own = asked.pop("max_new_tokens", config.max_new_tokens)
     return SamplingParams(max_tokens=_tokens_left(config, prompt_tokens) if own is None else own, **asked)
-
-
-def _sampling(llm: LLM, config: RunConfig) -> dict[str, Any]:
-    """What flags and files say of sampling, over the model's generation_config.json; else greedy."""
-    from llm_boost import SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    model = llm.default_sampling_params()
-    if model == SamplingParams():
-        model = SamplingParams(temperature=0.0)
-    sampling = {**{name: getattr(model, name) for name in names}, **config.sampling()}
-    if config.do_sample and config.temperature is None and sampling["temperature"] == 0:
-        sampling["temperature"] = 1.0
-    return sampling
 
 
 def _tokens_left(config: RunConfig, prompt_tokens: int) -> int:
