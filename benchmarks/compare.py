@@ -55,16 +55,8 @@ class Worker:
             sys.exit(f"{self.label}: the worker ended with code {self.process.wait()}")
         return json.loads(line)
 
-    def run(self, options: argparse.Namespace) -> dict[str, float]:
-        row: dict[str, float] = {}
-        for number, prompt in enumerate(options.prompt):
-            row |= self.ask(ask="single", prompt=prompt, new=options.new if number == 0 else 1)
-        if options.batch:
-            row |= self.ask(ask="many")
-        return row
-
-    def median(self, name: str) -> float:
-        return statistics.median(row[name] for row in self.rows)
+    def values(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
 
 
 @contextlib.contextmanager
@@ -78,7 +70,7 @@ def started(argument: str, options: argparse.Namespace) -> Iterator[Worker]:
         known = ", ".join(sorted(path.stem.removeprefix("run_") for path in WORKERS.glob("run_*.py")))
         sys.exit(f"{argument}: expected ENGINE[:LABEL]=MODEL[@PYTHON], with ENGINE one of {known}")
     longest = max(WINDOW, *(prompt + options.new + 8 for prompt in options.prompt))
-    sizes = [str(x) for x in (options.threads, longest, options.batch)]
+    sizes = [str(x) for x in (options.threads, longest, options.batch, options.vocabulary)]
     process = subprocess.Popen(
         [python or sys.executable, str(script), model, label, *sizes],
         stdin=subprocess.PIPE,
@@ -97,13 +89,20 @@ def started(argument: str, options: argparse.Namespace) -> Iterator[Worker]:
 
 
 def measure_speed(workers: list[Worker], options: argparse.Namespace) -> None:
-    for repetition in range(options.repeat + 1):
-        for worker in workers:
-            time.sleep(PAUSE_SECONDS)
-            row = worker.run(options)
-            if repetition:  # the first is the warm-up
-                worker.rows.append(row)
-            print(f"{worker.label}: {row}", file=sys.stderr)
+    """The first test has a warm-up and all repetitions; the others are long, and have half of them."""
+    first, *others = options.prompt
+    asked: list[dict[str, Any]] = [{"ask": "single", "prompt": first, "new": options.new}]
+    asked += [{"ask": "single", "prompt": prompt, "new": 1} for prompt in others]
+    asked += [{"ask": "many"}] if options.batch else []
+    for number, request in enumerate(asked):
+        measured = options.repeat if number == 0 else (options.repeat + 1) // 2
+        for repetition in range(measured + 1 if number == 0 else measured):
+            for worker in workers:
+                time.sleep(PAUSE_SECONDS)
+                row = worker.ask(**request)
+                print(f"{worker.label}: {row}", file=sys.stderr)
+                if repetition or number:
+                    worker.rows.append(row)
 
 
 def measure_quality(workers: list[Worker], options: argparse.Namespace) -> None:
@@ -144,14 +143,12 @@ def table(workers: list[Worker]) -> str:
     for worker in workers:
         cells = [worker.label]
         for column in columns:
-            if not all(column in row for row in worker.rows):
-                cells.append("")
-                continue
-            values = [row[column] for row in worker.rows]
-            cells.append(f"{worker.median(column):.1f} [{min(values):.1f}, {max(values):.1f}]")
-            if all(column in row for row in first.rows):
-                ratios = [a[column] / b[column] for a, b in zip(worker.rows, first.rows, strict=True)]
-                cells[-1] += f" (x {statistics.median(ratios):.2f})"
+            values, ours = worker.values(column), first.values(column)
+            cell = f"{statistics.median(values):.1f} [{min(values):.1f}, {max(values):.1f}]" if values else ""
+            if values and ours:
+                ratios = [a / b for a, b in zip(values, ours, strict=True)]
+                cell += f" (x {statistics.median(ratios):.2f})"
+            cells.append(cell)
         cells += [
             f"{worker.about[name]:.5g}" if name in worker.about else "" for name in ("kl", "perplexity")
         ]
@@ -169,6 +166,8 @@ def report(workers: list[Worker], options: argparse.Namespace) -> dict[str, Any]
         "machine": machine(Limits(options.threads), [choose_isa()]),
         "texts": [text.name for text in options.text],
         "repeat": options.repeat,
+        "arguments": f"--prompt {','.join(map(str, options.prompt))} --new {options.new} "
+        f"--batch {options.batch} --repeat {options.repeat} --threads {options.threads}",
         "engines": [
             {"engine": w.label, "model": w.model, **w.about, **w.ask(ask="memory"), "rows": w.rows}
             for w in workers
@@ -189,6 +188,7 @@ def main() -> None:
     parser.add_argument("--new", type=int, default=64, help="tokens decoded after the first prompt")
     parser.add_argument("--batch", type=int, default=16, help="sequences of 128 + 64 tokens; 0: none")
     parser.add_argument("--threads", type=int, default=2)
+    parser.add_argument("--vocabulary", type=int, default=40000, help="random prompts have ids below")
     parser.add_argument("--repeat", type=int, default=5, help="0: quality alone")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="measure quality on these")
     parser.add_argument("--text_tokens", type=int, default=1024, help="of each text (default: 1024)")

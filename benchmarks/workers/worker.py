@@ -1,6 +1,6 @@
 """What a worker is: one engine with one model, in its own environment, that does what compare.py asks.
 
-    PYTHON run_ENGINE.py MODEL DTYPE THREADS LONGEST BATCH
+    PYTHON run_ENGINE.py MODEL DTYPE THREADS LONGEST BATCH VOCABULARY
 
 compare.py writes a JSON object a line to its standard input and reads one back. Imports numpy alone, since it
 runs in every engine's environment.
@@ -19,7 +19,6 @@ from typing import Any, Protocol
 import numpy as np
 
 BATCH_PROMPT, BATCH_NEW = 128, 64
-VOCABULARY = 40000  # prompts are random ids below, which every model here has
 ROWS_AT_ONCE = 16  # of the float64 copies
 
 
@@ -30,6 +29,7 @@ class Options:
     threads: int
     longest: int  # tokens of prompt and output of a single sequence
     batch: int  # sequences of BATCH_PROMPT + BATCH_NEW tokens; 0: none
+    vocabulary: int  # prompts are random ids below
 
 
 class Engine(Protocol):
@@ -57,7 +57,7 @@ def serve(make: Callable[[Options], Engine]) -> None:
     start = time.perf_counter()
     engine = make(options)
     rng = np.random.default_rng(0)
-    engine.single(_prompt(rng, 32), 2)
+    engine.single(_prompt(rng, 32, options.vocabulary), 2)
     hello = {"version": engine.version, "load_seconds": time.perf_counter() - start}
     print(json.dumps(hello), file=answers, flush=True)
     for line in sys.stdin:
@@ -67,10 +67,11 @@ def serve(make: Callable[[Options], Engine]) -> None:
 def _answer(engine: Engine, options: Options, rng: np.random.Generator, asked: dict[str, Any]) -> Any:
     if asked["ask"] == "single":
         prompt, new = asked["prompt"], asked["new"]
-        prefill, decode = engine.single(_prompt(rng, prompt), new)
+        prefill, decode = engine.single(_prompt(rng, prompt, options.vocabulary), new)
         return {f"pp{prompt}": prompt / prefill} | ({f"tg{new}": new / decode} if new > 1 else {})
     if asked["ask"] == "many":
-        seconds = engine.many([_prompt(rng, BATCH_PROMPT) for _ in range(options.batch)], BATCH_NEW)
+        prompts = [_prompt(rng, BATCH_PROMPT, options.vocabulary) for _ in range(options.batch)]
+        seconds = engine.many(prompts, BATCH_NEW)
         return {} if seconds is None else {f"batch{options.batch}": options.batch * BATCH_NEW / seconds}
     if asked["ask"] == "memory":
         return {"peak_memory": peak_memory()}
@@ -113,8 +114,8 @@ def _log_softmax(logits: np.ndarray) -> np.ndarray:
     return wide - np.log(np.exp(wide).sum(axis=1, keepdims=True))
 
 
-def _prompt(rng: np.random.Generator, length: int) -> list[int]:
-    return [int(token) for token in rng.integers(10, VOCABULARY, length)]
+def _prompt(rng: np.random.Generator, length: int, vocabulary: int) -> list[int]:
+    return [int(token) for token in rng.integers(10, vocabulary, length)]
 
 
 def _private_stdout() -> Any:
