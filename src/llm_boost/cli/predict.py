@@ -10,9 +10,8 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from llm_boost.cli.load import build_llm, naming_origins
-from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note, sampling_options
+from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note, sampling, sampling_options
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
-from llm_boost.cli.sampling import sampling
 from llm_boost.cli.throughput import decode_speed, print_throughput
 from llm_boost.errors import ConfigError, EngineError, RequestError
 
