@@ -33,6 +33,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "evaluation",
         "llm_boost",
+        "models",
         "suggest",
     },
 }

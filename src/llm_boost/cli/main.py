@@ -20,6 +20,8 @@ from llm_boost.suggest import did_you_mean
 _VERBS = {  # verb: (module with a click command of the verb's name and suffix _command, one line of help)
     "predict": ("llm_boost.cli.predict", "Complete prompts, or answer them with --chat."),
     "pull": ("llm_boost.cli.pull", "Fetch a model into the cache."),
+    "strategy": ("llm_boost.cli.strategy", "How a model lies on N ranks, as MindSpore's strategy files."),
+    "transform": ("llm_boost.cli.transform", "Split, merge or re-split a checkpoint among ranks."),
     "eval": ("llm_boost.cli.eval", "Perplexity of a text, and KL divergence from a reference dtype."),
     "bench": ("llm_boost.cli.bench", "Speed of a model or of the kernels, beside the machine's limits."),
     "doctor": ("llm_boost.cli.doctor", "What this machine can do, and what that means for speed."),
