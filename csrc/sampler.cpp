@@ -85,6 +85,23 @@ Peak find_peak(const float* logits, size_t vocab) {
   return peak;
 }
 
+// out [vocab] = the logits of the tokens whose bit is set, and minus infinity for the others.
+void select(const float* logits, const uint32_t* mask, float* out, size_t vocab) {
+  for (size_t start = 0; start < vocab; start += 32) {
+    const uint32_t word = mask[start / 32];
+    const float* x = logits + start;
+    float* to = out + start;
+    const size_t n = std::min<size_t>(32, vocab - start);
+    if (word == 0) {
+      std::fill_n(to, n, -kInf);
+    } else if (word == ~uint32_t{0}) {
+      std::copy_n(x, n, to);
+    } else {
+      for (size_t i = 0; i < n; ++i) to[i] = (word >> i & 1) ? x[i] : -kInf;
+    }
+  }
+}
+
 // 53 random bits as a double in [0, 1): the draw of one output position of one sequence.
 double uniform(const SamplingRow& row, uint64_t position) {
   const auto bits = philox(
@@ -108,49 +125,75 @@ std::array<uint32_t, 4> philox(std::array<uint32_t, 4> c, uint64_t key) {
   return c;
 }
 
-Sample RowSampler::sample(const float* logits, const SamplingRow& row, const int32_t* tokens,
-                          size_t num_tokens, int32_t* top_ids, float* top_logprobs) {
+Sample RowSampler::sample(const float* logits, const SamplingTask& task) {
+  const SamplingRow& row = *task.row;
   Sample sample;
   const Peak raw = find_peak(logits, vocab_);
   if (!raw.finite) {
     sample.status = SampleStatus::kNotFinite;
     return sample;
   }
-  const float* allowed = apply_rules(logits, row, tokens, num_tokens);
-  if (allowed == nullptr) {
-    sample.status = SampleStatus::kBadToken;
-    return sample;
+  const uint64_t position = task.num_tokens - static_cast<size_t>(row.prompt_len);
+  const bool hold_stops = static_cast<int64_t>(position) < row.min_tokens && !row.stop_ids.empty();
+  const float* allowed = apply_rules(logits, task, hold_stops);
+  Peak peak = raw;
+  if (allowed != nullptr && allowed != logits) {
+    peak = find_peak(allowed, vocab_);
+    if (peak.id < 0 && hold_stops &&
+        task.mask != nullptr) {  // the grammar is at its end: that outranks min_tokens
+      allowed = apply_rules(logits, task, false);
+      peak = find_peak(allowed, vocab_);
+    }
   }
-  const Peak peak = allowed == logits ? raw : find_peak(allowed, vocab_);
-  if (peak.id < 0) {
-    sample.status = SampleStatus::kNothingAllowed;
+  if (allowed == nullptr || peak.id < 0) {
+    sample.status = allowed == nullptr ? SampleStatus::kBadToken : SampleStatus::kNothingAllowed;
     return sample;
   }
   const bool greedy = row.temperature == 0.0f || row.top_k == 1;
-  const uint64_t position = num_tokens - static_cast<size_t>(row.prompt_len);
   sample.token = greedy ? peak.id : draw(allowed, peak.value, row, uniform(row, position));
-  if (row.num_logprobs >= 0) report_logprobs(logits, raw.value, row, sample, top_ids, top_logprobs);
+  if (row.num_logprobs >= 0)
+    report_logprobs(logits, raw.value, row.num_logprobs, sample, task.top_ids, task.top_logprobs);
   return sample;
 }
 
-// Bias, mask and penalties. Returns the logits themselves when no rule applies, else an edited copy; null for
-// a token that is not in the vocabulary.
-const float* RowSampler::apply_rules(const float* logits, const SamplingRow& row, const int32_t* tokens,
-                                     size_t num_tokens) {
+void RowSampler::score(const float* logits, int32_t num_logprobs, Sample& sample, int32_t* top_ids,
+                       float* top_logprobs) {
+  const Peak peak = find_peak(logits, vocab_);
+  if (!peak.finite) {
+    sample.status = SampleStatus::kNotFinite;
+  } else if (static_cast<uint32_t>(sample.token) >= vocab_) {
+    sample.status = SampleStatus::kBadToken;
+  } else {
+    report_logprobs(logits, peak.value, num_logprobs, sample, top_ids, top_logprobs);
+  }
+}
+
+// Masks, bias and penalties. Returns the logits themselves when no rule applies, else an edited copy; null
+// for a token that is not in the vocabulary.
+const float* RowSampler::apply_rules(const float* logits, const SamplingTask& task, bool hold_stops) {
+  const SamplingRow& row = *task.row;
+  const int32_t* tokens = task.tokens;
+  const size_t num_tokens = task.num_tokens;
   const size_t prompt_len = static_cast<size_t>(row.prompt_len);
   const auto known = [&](int32_t id) { return static_cast<uint32_t>(id) < vocab_; };
   const bool repetition = row.repetition_penalty != 1.0f;
   const bool counting = row.presence_penalty != 0.0f || row.frequency_penalty != 0.0f;
-  const bool masking =
-      static_cast<int64_t>(num_tokens - prompt_len) < row.min_tokens && !row.stop_ids.empty();
-  if (!repetition && !counting && !masking && row.logit_bias.empty()) return logits;
+  const bool masking = task.mask != nullptr || !row.allowed.empty() || !row.bad_words.empty();
+  if (!repetition && !counting && !hold_stops && !masking && row.logit_bias.empty()) return logits;
 
-  edited_.assign(logits, logits + vocab_);
+  edited_.resize(vocab_);
+  if (task.mask != nullptr) {
+    select(logits, task.mask, edited_.data(), vocab_);
+  } else {
+    std::copy_n(logits, vocab_, edited_.data());
+  }
+  if (!row.allowed.empty()) select(edited_.data(), row.allowed.data(), edited_.data(), vocab_);
+  if (!forbid_bad_words(task)) return nullptr;
   for (const auto& [id, bias] : row.logit_bias) {
     if (!known(id)) return nullptr;
     edited_[id] += bias;
   }
-  if (masking) {
+  if (hold_stops) {
     for (int32_t id : row.stop_ids) {
       if (!known(id)) return nullptr;
       edited_[id] = -kInf;
@@ -177,7 +220,21 @@ const float* RowSampler::apply_rules(const float* logits, const SamplingRow& row
   return edited_.data();
 }
 
-// A draw from softmax((logits) / temperature) after min-p, top-k and top-p.
+// Of each bad word whose other tokens have just come, the last; false for an id out of the vocabulary. A word
+// begins in the output: what the prompt says is the client's own.
+bool RowSampler::forbid_bad_words(const SamplingTask& task) {
+  const int32_t* output = task.tokens + task.row->prompt_len;
+  const int32_t* end = task.tokens + task.num_tokens;
+  for (const std::vector<int32_t>& word : task.row->bad_words) {
+    if (static_cast<uint32_t>(word.back()) >= vocab_) return false;
+    const ptrdiff_t before = static_cast<ptrdiff_t>(word.size()) - 1;
+    if (end - output >= before && std::equal(word.begin(), word.end() - 1, end - before))
+      edited_[word.back()] = -kInf;
+  }
+  return true;
+}
+
+// A draw from softmax((logits) / temperature) after min-p, top-k, top-p and typical-p.
 // Candidates stay in the order of their ids: the token drawn does not depend on how they were found.
 int32_t RowSampler::draw(const float* logits, float peak, const SamplingRow& row, double u) {
   const float inverse = 1.0f / row.temperature;
@@ -194,7 +251,7 @@ int32_t RowSampler::draw(const float* logits, float peak, const SamplingRow& row
     for (const Scored& c : candidates_) total += c.score;
   } else {
     weigh(logits, peak, inverse, row.min_p);
-    if (row.top_p >= 1.0f && row.min_p <= 0.0f) return draw_from_all(u);
+    if (row.top_p >= 1.0f && row.min_p <= 0.0f && row.typical_p >= 1.0f) return draw_from_all(u);
     // All tokens lighter than this weigh less than 1 - top_p together, so none of them is in the nucleus.
     total = std::accumulate(block_sums_.begin(), block_sums_.end(), 0.0);
     const double hopeless = 0.999 * (1.0 - row.top_p) * total / static_cast<double>(vocab_);
@@ -207,6 +264,7 @@ int32_t RowSampler::draw(const float* logits, float peak, const SamplingRow& row
     }
   }
   if (row.top_p < 1.0f) keep_nucleus(row.top_p * total);
+  if (row.typical_p < 1.0f) keep_typical(row.typical_p);
 
   double kept = 0.0, sum = 0.0;
   for (const Scored& c : candidates_) kept += c.score;
@@ -270,6 +328,35 @@ void RowSampler::keep_nucleus(double target) {
   std::erase_if(candidates_, [&](const Scored& c) { return before(last, c); });
 }
 
+// Keeps the candidates whose surprise is nearest to the expected one (Meister et al., "Locally typical
+// sampling", 2022): the fewest that together hold typical_p of the candidates' weight, and at least one. Of
+// two equally near the likelier counts as nearer, then the one with the lower id.
+void RowSampler::keep_typical(double typical_p) {
+  std::erase_if(candidates_, [](const Scored& c) { return c.score <= 0.0f; });
+  double total = 0.0, weighted = 0.0;
+  for (const Scored& c : candidates_) {
+    total += c.score;
+    weighted += c.score * std::log(static_cast<double>(c.score));
+  }
+  // With p = score / total the entropy is log(total) - weighted / total, and log(total) cancels below.
+  const double expected = -weighted / total;
+  const auto distance = [&](const Scored& c) {
+    return std::abs(-std::log(static_cast<double>(c.score)) - expected);
+  };
+  std::vector<std::pair<double, Scored>> order;  // a rare rule: it may sort
+  for (const Scored& c : candidates_) order.push_back({distance(c), c});
+  std::sort(order.begin(), order.end(), [](const auto& a, const auto& b) {
+    return a.first != b.first ? a.first < b.first : before(a.second, b.second);
+  });
+  double sum = 0.0;
+  size_t kept = 0;
+  while (kept < order.size() && (kept == 0 || sum < typical_p * total)) sum += order[kept++].second.score;
+  candidates_.clear();
+  for (size_t i = 0; i < kept; ++i) candidates_.push_back(order[i].second);
+  std::sort(candidates_.begin(), candidates_.end(),
+            [](const Scored& a, const Scored& b) { return a.id < b.id; });
+}
+
 // The k best into ranking_, in no order (fewer when the rest is masked). One pass: whatever does not beat the
 // k-th best so far is skipped, a vector at a time.
 void RowSampler::select_top(const float* logits, size_t k) {
@@ -310,7 +397,7 @@ void RowSampler::weigh(const float* logits, float peak, float inverse_temperatur
   }
 }
 
-void RowSampler::report_logprobs(const float* logits, float peak, const SamplingRow& row, Sample& sample,
+void RowSampler::report_logprobs(const float* logits, float peak, int32_t num_logprobs, Sample& sample,
                                  int32_t* top_ids, float* top_logprobs) {
   weigh(logits, peak, 1.0f, 0.0f);
   const double sum = std::accumulate(block_sums_.begin(), block_sums_.end(), 0.0);
@@ -324,8 +411,8 @@ void RowSampler::report_logprobs(const float* logits, float peak, const Sampling
   for (int32_t i = 0; i < sample.token; ++i) higher += logits[i] == chosen;
   sample.rank = 1 + higher;
 
-  if (row.num_logprobs <= 0) return;
-  const size_t wanted = static_cast<size_t>(row.num_logprobs);
+  if (num_logprobs <= 0) return;
+  const size_t wanted = static_cast<size_t>(num_logprobs);
   select_top(logits, std::min(wanted, vocab_));
   std::sort(ranking_.begin(), ranking_.end(), before);
   for (size_t i = 0; i < wanted; ++i) {
@@ -335,18 +422,28 @@ void RowSampler::report_logprobs(const float* logits, float peak, const Sampling
 }
 
 void Sampler::sample(const float* logits, std::vector<SamplingTask>& tasks) {
+  share_out(tasks.size(), [&](RowSampler& sampler, size_t i) {
+    tasks[i].sample = sampler.sample(logits + i * vocab_, tasks[i]);
+  });
+}
+
+void Sampler::score(const float* logits, int32_t num_logprobs, std::vector<ScoringTask>& tasks) {
+  share_out(tasks.size(), [&](RowSampler& sampler, size_t i) {
+    ScoringTask& t = tasks[i];
+    sampler.score(logits + i * vocab_, num_logprobs, t.sample, t.top_ids, t.top_logprobs);
+  });
+}
+
+template <typename Work>
+void Sampler::share_out(size_t count, const Work& work) {
   std::atomic<size_t> next{0};
-  const auto work = [&](RowSampler& sampler) {
-    for (size_t i = next++; i < tasks.size(); i = next++) {
-      SamplingTask& t = tasks[i];
-      t.sample =
-          sampler.sample(logits + i * vocab_, *t.row, t.tokens, t.num_tokens, t.top_ids, t.top_logprobs);
-    }
+  const auto take = [&](RowSampler& sampler) {
+    for (size_t i = next++; i < count; i = next++) work(sampler, i);
   };
   std::vector<std::jthread> helpers;  // join themselves, also when one more cannot start
-  const size_t workers = std::min(samplers_.size(), tasks.size() / kRowsAThread);
-  for (size_t i = 1; i < workers; ++i) helpers.emplace_back(work, std::ref(samplers_[i]));
-  work(samplers_[0]);
+  const size_t workers = std::min(samplers_.size(), count / kRowsAThread);
+  for (size_t i = 1; i < workers; ++i) helpers.emplace_back(take, std::ref(samplers_[i]));
+  take(samplers_[0]);
 }
 
 }  // namespace llmb

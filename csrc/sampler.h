@@ -5,8 +5,9 @@
 // counter (Philox 4x32-10; Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC'11), the counter
 // is the position in the output.
 //
-// The order is vLLM's: logit bias, stop tokens masked below min_tokens, penalties, temperature, min-p, top-k,
-// top-p. Wherever tokens are ranked, equal logits are ranked by token id, the lower first.
+// The order is vLLM's: masks (of a grammar, of the tokens allowed), bad words, logit bias, stop tokens masked
+// below min_tokens, penalties, temperature, min-p, top-k, top-p, and typical-p last. Wherever tokens are
+// ranked, equal logits are ranked by token id, the lower first.
 #pragma once
 
 #include <algorithm>
@@ -34,6 +35,9 @@ struct SamplingRow {
   int32_t num_logprobs = -1;  // -1: none; 0: of the token alone; N: of the best N too
   std::vector<int32_t> stop_ids;
   std::vector<std::pair<int32_t, float>> logit_bias;
+  float typical_p = 1.0f;
+  std::vector<uint32_t> allowed;                // a mask (see SamplingTask), or empty
+  std::vector<std::vector<int32_t>> bad_words;  // token ids; the last one may not follow the others
 };
 
 enum class SampleStatus : uint8_t {
@@ -56,25 +60,47 @@ struct Scored {
   int32_t id;
 };
 
+// A row to sample and where its result goes.
+struct SamplingTask {
+  const SamplingRow* row;
+  const int32_t* tokens;  // [num_tokens], prompt and output
+  size_t num_tokens;
+  const uint32_t* mask;  // bit i % 32 of word i / 32: whether token i may come; null: all may
+  int32_t* top_ids;
+  float* top_logprobs;
+  Sample sample;
+};
+
+// A row whose token is known: its log-probability is asked for.
+struct ScoringTask {
+  int32_t* top_ids;
+  float* top_logprobs;
+  Sample sample;
+};
+
 // Samples rows one after another; it holds the scratch memory, so one RowSampler serves one thread.
 class RowSampler {
  public:
   explicit RowSampler(size_t vocab) : vocab_(vocab) {}
 
-  // logits [vocab], tokens [num_tokens] (prompt and output). When row.num_logprobs > 0, top_ids and
-  // top_logprobs [num_logprobs] receive the best tokens, likeliest first (-1 past the end of the vocabulary).
-  Sample sample(const float* logits, const SamplingRow& row, const int32_t* tokens, size_t num_tokens,
-                int32_t* top_ids, float* top_logprobs);
+  // logits [vocab]. When row.num_logprobs > 0, top_ids and top_logprobs [num_logprobs] receive the best
+  // tokens, likeliest first (-1 past the end of the vocabulary).
+  Sample sample(const float* logits, const SamplingTask& task);
+
+  // Of `sample.token`, whose logprob and rank it sets; the best num_logprobs tokens as above.
+  void score(const float* logits, int32_t num_logprobs, Sample& sample, int32_t* top_ids,
+             float* top_logprobs);
 
  private:
-  const float* apply_rules(const float* logits, const SamplingRow& row, const int32_t* tokens,
-                           size_t num_tokens);
+  const float* apply_rules(const float* logits, const SamplingTask& task, bool hold_stops);
+  bool forbid_bad_words(const SamplingTask& task);
   int32_t draw(const float* logits, float peak, const SamplingRow& row, double u);
   int32_t draw_from_all(double u) const;
   void keep_nucleus(double target);
+  void keep_typical(double typical_p);
   void select_top(const float* logits, size_t k);
   void weigh(const float* logits, float peak, float inverse_temperature, float floor);
-  void report_logprobs(const float* logits, float peak, const SamplingRow& row, Sample& sample,
+  void report_logprobs(const float* logits, float peak, int32_t num_logprobs, Sample& sample,
                        int32_t* top_ids, float* top_logprobs);
 
   size_t vocab_;
@@ -87,16 +113,6 @@ class RowSampler {
   std::vector<int32_t> touched_;
 };
 
-// A row to sample and where its result goes.
-struct SamplingTask {
-  const SamplingRow* row;
-  const int32_t* tokens;
-  size_t num_tokens;
-  int32_t* top_ids;
-  float* top_logprobs;
-  Sample sample;
-};
-
 // Samples the rows of a batch; many rows are spread over threads. One caller at a time.
 class Sampler {
  public:
@@ -106,8 +122,12 @@ class Sampler {
       : vocab_(vocab), samplers_(std::max<size_t>(threads, 1), RowSampler(vocab)) {}
   size_t vocab() const { return vocab_; }
   void sample(const float* logits, std::vector<SamplingTask>& tasks);  // logits [tasks, vocab]
+  void score(const float* logits, int32_t num_logprobs, std::vector<ScoringTask>& tasks);
 
  private:
+  template <typename Work>
+  void share_out(size_t count, const Work& work);
+
   size_t vocab_;
   std::vector<RowSampler> samplers_;
 };

@@ -14,8 +14,17 @@ if TYPE_CHECKING:
     from llm_boost.engine.llm import LLM
     from llm_boost.engine.outputs import CompletionOutput, RequestOutput
     from llm_boost.engine.sampling_params import SamplingParams
+    from llm_boost.engine.structured_outputs import StructuredOutputsParams
 
-__all__ = ["LLM", "AsyncLLM", "CompletionOutput", "RequestOutput", "SamplingParams", "__version__"]
+__all__ = [
+    "LLM",
+    "AsyncLLM",
+    "CompletionOutput",
+    "RequestOutput",
+    "SamplingParams",
+    "StructuredOutputsParams",
+    "__version__",
+]
 
 __version__: str
 
@@ -23,6 +32,7 @@ _LAZY = {
     "LLM": "llm_boost.engine.llm",
     "AsyncLLM": "llm_boost.engine.async_llm",
     "SamplingParams": "llm_boost.engine.sampling_params",
+    "StructuredOutputsParams": "llm_boost.engine.structured_outputs",
     "RequestOutput": "llm_boost.engine.outputs",
     "CompletionOutput": "llm_boost.engine.outputs",
 }

@@ -101,6 +101,9 @@ class SamplingRow:
         num_logprobs: int = -1,
         stop_ids: Sequence[int] = ...,
         logit_bias: Sequence[tuple[int, float]] = ...,
+        typical_p: float = 1.0,
+        allowed: Sequence[int] = ...,
+        bad_words: Sequence[Sequence[int]] = ...,
     ) -> None: ...
 
 _Logprobs = tuple[_Floats, _Ints, _Ints, _Floats]
@@ -108,7 +111,13 @@ _Logprobs = tuple[_Floats, _Ints, _Ints, _Floats]
 class Sampler:
     def __init__(self, vocab_size: int, threads: int = 1) -> None: ...
     def sample(
-        self, logits: _Floats, rows: list[SamplingRow], tokens: list[_Ints]
+        self,
+        logits: _Floats,
+        rows: list[SamplingRow],
+        tokens: list[_Ints],
+        masks: _Ints | None = None,
+        masked: Sequence[int] = ...,
     ) -> tuple[_Ints, _Bytes, _Logprobs | None]: ...
+    def score(self, logits: _Floats, tokens: _Ints, num_logprobs: int) -> tuple[_Bytes, _Logprobs]: ...
 
 def philox(counter: Sequence[int], key: int) -> list[int]: ...

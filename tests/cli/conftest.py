@@ -42,6 +42,7 @@ class FakeRunner:
 
 class FakeLLM:
     weight_bytes, threads, isa, dtype, max_model_len = 123_000_000, 2, "avx2", "bfloat16", 1024
+    kv_cache_tokens, kv_cache_bytes = 65_536, 1_510_000_000
 
     def __init__(self):
         self.tokenizer = FakeTokenizer()

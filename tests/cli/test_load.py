@@ -8,7 +8,6 @@ import numpy as np
 import pytest
 from safetensors.numpy import save_file
 
-import llm_boost
 from llm_boost.cli.load import build_llm
 from llm_boost.config.llm_boost_yaml import read_llm_boost_yaml
 from llm_boost.config.run_config import resolve
@@ -36,7 +35,7 @@ CONFIG = {
 def asked(monkeypatch):
     """The keyword arguments of each LLM made."""
     made = []
-    monkeypatch.setitem(llm_boost.__dict__, "LLM", lambda **arguments: made.append(arguments))
+    monkeypatch.setattr("llm_boost.engine.llm.LLM", lambda **arguments: made.append(arguments))
     return made
 
 
@@ -68,7 +67,8 @@ def test_the_engine_is_asked_for_what_the_file_and_the_flags_say(asked, checkpoi
     assert asked == [
         {
             "model": checkpoint, "dtype": "int8", "max_model_len": 64, "threads": 2, "seed": 5,
-            "cache_dir": tmp_path, "block_size": 16, "num_blocks": 9, "vocab_file": None, "merges_file": None,
+            "cache_dir": tmp_path, "block_size": 16, "num_blocks": 9, "kv_cache_memory": None,
+            "vocab_file": None, "merges_file": None,
             "tokenizer_overrides": {"type": "LlamaTokenizer", "bos_token": "<s>"}, "src_strategy": None,
         }
     ]  # fmt: skip
@@ -88,7 +88,7 @@ def test_without_a_file_the_checkpoint_is_left_to_the_engine(asked, checkpoint):
 
 
 def test_a_gguf_keeps_its_own_tokenizer(asked, checkpoint, yaml_config, monkeypatch):
-    monkeypatch.setattr("llm_boost.cli.load._check_against_checkpoint", lambda *args: None)
+    monkeypatch.setattr("llm_boost.backends.builtin._check_against_checkpoint", lambda *args: None)
     gguf = checkpoint / "model.gguf"
     gguf.touch()
     resolved = resolve({"model": str(gguf)}, yaml_config, {})

@@ -20,7 +20,7 @@ def test_a_prompt_streams_its_continuation_and_figures_follow(run, llm):
     assert (code, out) == (0, ALPHABET + "\n")
     assert err == (
         "llm-boost: 6 prompt tokens, 26 new tokens, first token after 500 ms, 25.0 tokens/s, "
-        "model 123 MB (bfloat16), 2 threads, avx2\n"
+        "model 123 MB (bfloat16), KV cache 65536 tokens (1.51 GB), 2 threads, avx2\n"
     )
 
 

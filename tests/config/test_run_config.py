@@ -231,3 +231,11 @@ def test_tokenizer_file_of_the_file(edited, tmp_path):
     path.touch()
     file = edited(('vocab_file: "/path/vocab.json"', f"tokenizer_file: {path}"))
     assert config({}, file).vocab_file == path
+
+
+def test_cache_memory_outranks_the_files_blocks(qwen):
+    run = config({"kv_cache_memory": "1.5GB"}, qwen)
+    assert (run.kv_cache_memory, run.num_blocks) == (1_500_000_000, None)
+    assert config({}, qwen).kv_cache_memory is None
+    with pytest.raises(ConfigError, match="--kv_cache_memory: got '2G', allowed bytes"):
+        config({"kv_cache_memory": "2G"}, qwen)

@@ -24,6 +24,7 @@ class FakeRunner:
     """
 
     weight_bytes = 1234
+    cache_bytes = 4321
     threads = 2
     isa = "fake"
 
@@ -136,6 +137,7 @@ class FakeTokenizer:
 
     bos_token_id = 0
     eos_token_ids = frozenset({1})
+    special_token_ids = frozenset({0, 1})
     vocab_size = 128
 
     def encode(self, text: str, *, add_special_tokens: bool = True) -> list[int]:
@@ -143,6 +145,9 @@ class FakeTokenizer:
 
     def decode(self, ids: Iterable[int], *, skip_special_tokens: bool = True) -> str:
         return "".join(chr(i) if i > 1 else "" if skip_special_tokens else f"<{i}>" for i in ids)
+
+    def token_bytes(self, token_id: int) -> bytes:
+        return self.decode([token_id], skip_special_tokens=False).encode()
 
     def stream(self, skip_special_tokens: bool = True, *, after: Iterable[int] = ()) -> FakeStream:
         return FakeStream(self, skip_special_tokens)

@@ -258,7 +258,7 @@ def test_an_engine_that_dies_fails_all_its_readers(
     runner = GatedRunner()
     engine = AsyncLLM(make_llm(runner, max_num_seqs=1))
 
-    def broken() -> None:
+    def broken(now: float) -> None:
         raise MemoryError("no more")
 
     async def work() -> None:

@@ -206,3 +206,13 @@ def test_arguments_that_ask_for_what_is_not_there_are_refused(monkeypatch, name,
     monkeypatch.setattr(llm_module, "load_parts", load)
     with pytest.raises(ConfigError, match=message):
         LLM("model", **{name: value})
+
+
+def test_scheduling_terms_reach_the_scheduler(make_llm: Any) -> None:
+    llm = make_llm(template_type="Standard", max_prefill_batch_size=3, max_iter_times=5, max_num_seqs=7)
+    config = llm.engine.scheduler.config
+    assert (config.template_type, config.max_prefill_batch_size, config.max_num_seqs) == ("Standard", 3, 7)
+    (output,) = llm.generate("hello", SamplingParams(max_tokens=9, ignore_eos=True))
+    assert len(output.outputs[0].token_ids) == 5
+    with pytest.raises(ConfigError, match="template_type: got 'standard'"):
+        make_llm(template_type="standard")

@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 from pathlib import Path
+from unittest import mock
 
 import numpy as np
 import pytest
 
 from llm_boost import LLM, SamplingParams
+from llm_boost.engine import native_runner
+from llm_boost.errors import ConfigError
 
 TESTS = Path(__file__).parents[1]
 LENGTHS = (1, 17, 300)
@@ -70,3 +73,33 @@ def test_a_cached_beginning_changes_no_token(tmp_path: Path, dtype: str, tempera
     assert answer.num_cached_tokens == 48
     assert answer.outputs[0].token_ids == plain.generate(follow_up, params)[0].outputs[0].token_ids
     cached.engine.blocks.check_integrity([])
+
+
+def test_the_cache_has_the_size_that_was_asked_for(tmp_path: Path) -> None:
+    block = 16 * 2 * 2 * 2 * 16 * 4  # tokens, keys and values, layers, heads, head_dim, bytes of a float32
+    llm = load(tmp_path, kv_cache_memory=10 * block + 1)
+    assert (llm.kv_cache_tokens, llm.kv_cache_bytes) == (160, 10 * block)
+    automatic = load(tmp_path, max_num_seqs=3)
+    assert automatic.kv_cache_tokens == 3 * 352
+    with mock.patch.object(
+        native_runner, "available_memory", return_value=automatic.weight_bytes + 40 * block
+    ):
+        assert load(tmp_path).kv_cache_tokens == 20 * 16
+    with mock.patch.object(native_runner, "available_memory", return_value=0):
+        assert load(tmp_path).kv_cache_tokens == 16
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        ({"kv_cache_memory": 1000}, "kv_cache_memory: got 1000 bytes, allowed at least 8192, a block of 16"),
+        ({"kv_cache_memory": 10**14}, "kv_cache_memory: got 100000.0 GB, allowed at most .* GB"),
+        ({"kv_cache_memory": "2GB"}, "kv_cache_memory: got '2GB', allowed 1 to"),
+        ({"kv_cache_memory": 10**6, "num_blocks": 4}, "and num_blocks 4: give one of them"),
+        ({"num_blocks": 10**9}, "num_blocks: got 1000000000, which take .* GB, allowed at most"),
+    ],
+    ids=str,
+)
+def test_a_cache_that_cannot_be_is_refused(tmp_path: Path, options: dict[str, object], message: str) -> None:
+    with pytest.raises(ConfigError, match=message):
+        load(tmp_path, **options)

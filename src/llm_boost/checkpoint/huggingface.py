@@ -12,6 +12,7 @@ from typing import Any
 from numpy.typing import NDArray
 
 from llm_boost.checkpoint.fields import read_json_object, shown
+from llm_boost.checkpoint.group_quants import QuantizedLinears, read_quantization
 from llm_boost.checkpoint.weight_files import Weights
 from llm_boost.errors import CheckpointError
 
@@ -19,7 +20,10 @@ SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
 
 
 class HuggingFaceCheckpoint:
-    """config.json, generation_config.json and *.safetensors (or pytorch_model*.bin) in one directory."""
+    """config.json, generation_config.json and *.safetensors (or pytorch_model*.bin) in one directory.
+
+    Linears that GPTQ or AWQ has quantised are given dequantised, and `config` then is as if they were floats.
+    """
 
     format = "huggingface"
 
@@ -30,14 +34,31 @@ class HuggingFaceCheckpoint:
         self.metadata: dict[str, Any] = {}
         self._files = files
         self.tensors = files.tensors
+        self._linears = self._quantized_linears()
+        if self._linears is not None:
+            self.config = {k: v for k, v in self.config.items() if k != "quantization_config"}
+            self.tensors = {**self._linears.others(), **self._linears.tensors}
 
     def read(self, name: str) -> NDArray[Any]:
         """See Checkpoint.read."""
+        if self._linears is not None and name in self._linears.tensors:
+            return self._linears.read_rows(name, 0, self.tensors[name].shape[0])
         return self._files.read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """See Checkpoint.read_rows."""
+        if self._linears is not None and name in self._linears.tensors:
+            return self._linears.read_rows(name, start, stop)
         return self._files.read_rows(name, start, stop)
+
+    def _quantized_linears(self) -> QuantizedLinears | None:
+        """By config.json's quantization_config, or what AutoGPTQ once wrote into a file of its own."""
+        source, old = self.path / "config.json", self.path / "quantize_config.json"
+        config = self.config
+        if config.get("quantization_config") is None and old.is_file():
+            source, config = old, {"quantization_config": {"quant_method": "gptq", **read_json_object(old)}}
+        quantization = read_quantization(config, str(source))
+        return None if quantization is None else QuantizedLinears(self._files, quantization, self.path)
 
     def fingerprint(self) -> str:
         """See Checkpoint.fingerprint."""

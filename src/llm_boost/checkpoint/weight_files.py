@@ -43,6 +43,8 @@ class Weights(Protocol):
 
     def read(self, name: str) -> NDArray[Any]: ...
 
+    def stored(self, name: str) -> NDArray[Any]: ...
+
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]: ...
 
     def update_digest(self, digest: hashlib._Hash) -> None: ...
@@ -80,6 +82,10 @@ class WeightFiles:
         """The tensor as float32, float16 or bfloat16."""
         shard = self.shard(name)
         return as_floats(shard.read(name), name, shard.path)
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """The tensor in whatever type it is stored."""
+        return self.shard(name).read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) of it; no others are read."""

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any
 import click
 
 from llm_boost.cli.load import build_llm
-from llm_boost.cli.options import model_options
+from llm_boost.cli.options import cache_options, model_options
 from llm_boost.cli.progress import ProgressBar
 from llm_boost.errors import RequestError
 
@@ -27,6 +27,7 @@ Examples:
 
 @click.command("eval", epilog=_EXAMPLES)
 @model_options
+@cache_options
 @click.option("--file", "text_file", required=True, metavar="TEXT", help="The text, in UTF-8.")
 @click.option("--reference_dtype", metavar="TYPE", help="Compare with the model at this dtype.")
 @click.option(

@@ -19,6 +19,10 @@ from llm_boost.suggest import did_you_mean
 
 _VERBS = {  # verb: (module with a click command of the verb's name and suffix _command, one line of help)
     "predict": ("llm_boost.cli.predict", "Complete prompts, or answer them with --chat."),
+    "serve": (
+        "llm_boost.cli.serve",
+        "A model behind HTTP: MindIE's, TGI's, OpenAI's and Triton's endpoints.",
+    ),
     "pull": ("llm_boost.cli.pull", "Fetch a model into the cache."),
     "strategy": ("llm_boost.cli.strategy", "How a model lies on N ranks, as MindSpore's strategy files."),
     "transform": ("llm_boost.cli.transform", "Split, merge or re-split a checkpoint among ranks."),

@@ -53,6 +53,15 @@ def model_options(function: F) -> F:
     return function
 
 
+def cache_options(function: F) -> F:
+    """Flags of the verbs that answer prompts."""
+    return click.option(
+        "--kv_cache_memory",
+        metavar="SIZE",
+        help="Memory for keys and values, as 2GB (default: what is needed and can be spared).",
+    )(function)
+
+
 def note(line: str) -> None:
     """One line for the user, on stderr."""
     click.echo(f"llm-boost: {line}", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from llm_boost.cli.load import build_llm, naming_origins
-from llm_boost.cli.options import BOOL_TEXT, model_options, note
+from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
 from llm_boost.cli.strategy import save_strategy_of_run, wants_strategy
 from llm_boost.cli.throughput import decode_speed, print_throughput
@@ -39,6 +39,7 @@ Dashes do as well as underscores: --max-new-tokens.
 @click.command("predict", epilog=_EXAMPLES)
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @model_options
+@cache_options
 @click.option(
     "--predict_data", multiple=True, metavar="TEXT", help="A prompt whose output repeats it. Repeatable."
 )
@@ -353,7 +354,9 @@ def _figures(llm: LLM, outputs: Sequence[RequestOutput]) -> str:
     if speed is not None:
         parts.append(f"{speed:.1f} tokens/s")
     threads = f"{llm.threads} thread{'' if llm.threads == 1 else 's'}"
-    parts += [f"model {_megabytes(llm.weight_bytes)} ({llm.dtype})", threads, llm.isa]
+    parts.append(f"model {_megabytes(llm.weight_bytes)} ({llm.dtype})")
+    parts.append(f"KV cache {llm.kv_cache_tokens} tokens ({llm.kv_cache_bytes / 1e9:.2f} GB)")
+    parts += [threads, llm.isa]
     return ", ".join(parts)
 
 

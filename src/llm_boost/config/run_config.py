@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Annotated, Any, Literal, NamedTuple, get_args
 from pydantic import BaseModel, ConfigDict, Field, ValidationError
 
 from llm_boost.config.locations import cache_folder
+from llm_boost.config.memory_size import parse_memory_size
 from llm_boost.errors import ConfigError
 
 if TYPE_CHECKING:
@@ -55,6 +56,7 @@ class RunConfig(BaseModel):
     batch_size: Positive | None = None
     block_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
     num_blocks: Positive | None = None
+    kv_cache_memory: Annotated[int, Field(ge=1)] | None = None  # bytes; outranks num_blocks of a lower rank
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -125,6 +127,7 @@ def resolve(
     settings |= {name: _Setting(value, f"--{name}", 2) for name, value in _own_flags(flags).items()}
     _let_flags_choose_sampling(settings, notes)
     _bound_lengths(settings, notes)
+    _size_cache(settings)
     settings.setdefault("cache_dir", _Setting(cache_folder(None, {}), "the default cache folder", 0))
     settings["cache_dir"] = settings["cache_dir"]._replace(
         value=Path(settings["cache_dir"].value).expanduser()
@@ -272,6 +275,17 @@ def _bound_lengths(settings: dict[str, _Setting], notes: list[str]) -> None:
         )
     notes.append(f"{total.origin} {total.value} is clamped to {length.value} ({length.origin})")
     settings["max_decode_length"] = total._replace(value=length.value)
+
+
+def _size_cache(settings: dict[str, _Setting]) -> None:
+    """The KV cache has a size in memory or in blocks; the file's gives way to the flag."""
+    memory, blocks = settings.get("kv_cache_memory"), settings.get("num_blocks")
+    if memory is None:
+        return
+    size = parse_memory_size(memory.origin, memory.value)
+    settings["kv_cache_memory"] = memory._replace(value=size)
+    if blocks is not None and blocks.rank < memory.rank:
+        del settings["num_blocks"]
 
 
 def _first_line(error: ValidationError, settings: Mapping[str, _Setting]) -> str:

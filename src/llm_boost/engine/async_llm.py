@@ -28,6 +28,9 @@ if TYPE_CHECKING:
 T = TypeVar("T")
 
 _INTAKE_THREADS = 4  # tokenise and check requests, beside the engine's thread and the event loop's
+_GRAMMAR_THREADS = (
+    2  # the same for requests with a grammar, which may take seconds: others do not wait for them
+)
 
 
 class AsyncLLM:
@@ -46,7 +49,8 @@ class AsyncLLM:
         self._engine = self._llm.engine
         self._thread = EngineThread(self._engine)
         self._intake = ThreadPoolExecutor(_INTAKE_THREADS, "llm-boost-intake")
-        self._end = weakref.finalize(self, _end, self._thread, self._intake)  # at exit too
+        self._grammars = ThreadPoolExecutor(_GRAMMAR_THREADS, "llm-boost-grammar")
+        self._end = weakref.finalize(self, _end, self._thread, self._intake, self._grammars)  # at exit too
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -88,16 +92,18 @@ class AsyncLLM:
             EngineError: the model or the engine failed, or the engine was closed or is being drained.
         """
         self._thread.check_accepts()
+        params = self._llm.default_sampling_params() if sampling_params is None else sampling_params
         request = await self._aside(
             partial(
                 self._engine.prepare,
                 prompt,
-                self._llm.default_sampling_params() if sampling_params is None else sampling_params,
+                params,
                 request_id=uuid.uuid4().hex if request_id is None else request_id,
                 priority=priority,
                 timeout=timeout,
                 stream=stream,
-            )
+            ),
+            self._intake if params.structured_outputs is None else self._grammars,
         )
         slot = OutputSlot(asyncio.get_running_loop())
         self._thread.add(request, slot)
@@ -176,10 +182,11 @@ class AsyncLLM:
     async def __aexit__(self, *exception: object) -> None:
         await asyncio.to_thread(self.close)
 
-    async def _aside(self, work: Callable[[], T]) -> T:
-        return await asyncio.get_running_loop().run_in_executor(self._intake, work)
+    async def _aside(self, work: Callable[[], T], pool: ThreadPoolExecutor | None = None) -> T:
+        return await asyncio.get_running_loop().run_in_executor(pool or self._intake, work)
 
 
-def _end(thread: EngineThread, intake: ThreadPoolExecutor) -> None:
+def _end(thread: EngineThread, *pools: ThreadPoolExecutor) -> None:
     thread.close()
-    intake.shutdown(wait=False, cancel_futures=True)
+    for pool in pools:
+        pool.shutdown(wait=False, cancel_futures=True)

@@ -59,12 +59,20 @@ class BlockManager:
         """Blocks that the sequence lacks to hold all its tokens."""
         return self.blocks_for(sequence.num_tokens) - sequence.num_blocks
 
-    def admit(self, sequence: Sequence, spare: int) -> bool:
-        """Gives a sequence without blocks all it needs, computed ones first; False, and nothing changed, when
-        fewer than `spare` blocks would stay."""
+    def fits(self, sequence: Sequence, spare: int, *, instead_of: Iterable[Sequence] = ()) -> bool:
+        """Whether `admit` would succeed, once other sequences have been released."""
         found = self._find(sequence)
-        fresh = self.missing(sequence) - len(found)
-        if fresh + spare > self.num_free - sum(block in self._cached for block in found):
+        uses = Counter(block for other in instead_of for block in other.block_table.tolist())
+        given_up = {block for block, count in uses.items() if count == self._ref_counts[block]}
+        return self._lacks(sequence, found, spare) <= len(given_up.difference(found))
+
+    def admit(self, sequence: Sequence, spare: int) -> bool:
+        """Gives a sequence without blocks all it needs, those that hold its beginning first.
+
+        False, and nothing changed, when fewer than `spare` blocks would stay.
+        """
+        found = self._find(sequence)
+        if self._lacks(sequence, found, spare) > 0:
             return False
         for block in found:
             self._hold(block)
@@ -157,6 +165,11 @@ class BlockManager:
             found.append(block)
             before = self._numbers[block]
         return found
+
+    def _lacks(self, sequence: Sequence, found: list[int], spare: int) -> int:
+        """Blocks that are too few to hold the sequence after those found, and to spare."""
+        available = self.num_free - sum(block in self._cached for block in found)
+        return self.missing(sequence) - len(found) + spare - available
 
     def _key(self, sequence: Sequence, index: int, before: Hashable) -> Key:
         start = index * self.block_size

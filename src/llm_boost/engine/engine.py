@@ -7,15 +7,15 @@ from collections.abc import Collection, Iterable
 from heapq import heappop, heappush
 from typing import Any
 
-from llm_boost._native import Sampler
-from llm_boost.engine.batch import FloatArray, ModelRunner
+from llm_boost.engine.batch import ModelRunner
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.build_batch import build_batch
+from llm_boost.engine.grammar import GrammarError
 from llm_boost.engine.intake import EngineTokenizer, Intake
 from llm_boost.engine.outputs import FinishReason, RequestOutput
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.request import Completion, Request
-from llm_boost.engine.sampler import Sampled, sample
+from llm_boost.engine.sampler import Sampled, TokenSampler
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler import Scheduler
 from llm_boost.engine.scheduler_config import SchedulerConfig
@@ -47,7 +47,7 @@ class Engine:
         self.blocks = BlockManager(runner.num_blocks, runner.block_size, caching=config.enable_prefix_caching)
         self.scheduler = Scheduler(self.blocks, config)
         self._tokenizer = tokenizer
-        self._sampler = Sampler(runner.vocab_size, threads)
+        self._sampler = TokenSampler(runner.vocab_size, threads, self._text_of)
         self._intake = Intake(runner, tokenizer, eos_token_ids, config, seed)
         self._requests: dict[str, Request] = {}
         self._by_number: dict[int, Request] = {}
@@ -79,7 +79,7 @@ class Engine:
         Args:
             stream: every step publishes the output so far; else only the end is published.
             priority: lower comes first, in waiting and in keeping its memory, as in vLLM; but one that has
-                waited PRIORITY_STEP_SECONDS comes before newer ones of the priority before its own.
+                waited policies.PRIORITY_STEP_SECONDS comes before newer ones of the priority before.
             timeout: seconds from now until it ends, with the finish reason "timeout" and what there is.
         """
         return self._intake.request(
@@ -102,13 +102,13 @@ class Engine:
         """Computes one batch; the outputs of requests that end with it, and of streaming ones that grow."""
         start = time.monotonic()
         ended = self._end_overdue(start)
-        chunks = self.scheduler.schedule()
+        chunks = self.scheduler.schedule(start)
         if not chunks:
             return ended
         last = [self._completion(chunk.sequence.order) for chunk in chunks if chunk.is_last]
         try:
             logits = self.runner.run(build_batch(chunks))
-            samples = self._sample(logits, last)
+            samples = self._sampler.sample(logits, last)
         except Exception as error:  # this batch's completions end with it, the loop does not
             everyone = [self._completion(chunk.sequence.order) for chunk in chunks]
             self.blocks.forget()
@@ -150,11 +150,8 @@ class Engine:
         number, index = order
         return self._by_number[number].completions[index]
 
-    def _sample(self, logits: FloatArray, completions: list[Completion]) -> list[Sampled]:
-        def decode(token: int) -> str:
-            return self._tokenizer.decode([token], skip_special_tokens=False)
-
-        return sample(self._sampler, logits, completions, decode)
+    def _text_of(self, token: int) -> str:
+        return self._tokenizer.decode([token], skip_special_tokens=False)
 
     def _append(self, completion: Completion, sampled: Sampled) -> None:
         if sampled.fault is not None:
@@ -162,6 +159,9 @@ class Engine:
             return
         try:
             completion.append(sampled.token, sampled.logprobs)
+        except GrammarError as error:
+            self._fail(completion, f"structured_outputs: {error}")
+            return
         except Exception as error:  # a detokeniser that cannot cope with the text fails its own request only
             self._fail(completion, f"detokenising failed: {_one_line(error)}")
             return

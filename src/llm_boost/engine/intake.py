@@ -11,6 +11,7 @@ import numpy as np
 
 from llm_boost._native import SamplingRow
 from llm_boost.engine.batch import ModelRunner
+from llm_boost.engine.grammar import GrammarCompiler, Vocabulary
 from llm_boost.engine.outputs import RequestMetrics
 from llm_boost.engine.prompts import Encoder, Prompt, cache_salt, tokenize
 from llm_boost.engine.request import Completion, Request
@@ -22,13 +23,11 @@ from llm_boost.errors import RequestError
 
 _CONTEXT_TOKENS = 8  # of the prompt, enough to tell the detokeniser that text came before
 
-# A request comes before those of the next priority that arrived up to this much earlier: none waits for ever.
-PRIORITY_STEP_SECONDS = 60.0
 MAX_PRIORITY = 2**31 - 1
 MAX_TIMEOUT_SECONDS = 1e6
 
 
-class EngineTokenizer(Encoder, Protocol):
+class EngineTokenizer(Encoder, Vocabulary, Protocol):
     """What the engine needs of a tokenizer."""
 
     def stream(self, skip_special_tokens: bool = True, *, after: Iterable[int] = ()) -> TextStream: ...
@@ -50,6 +49,7 @@ class Intake:
         self._runner = runner
         self._tokenizer = tokenizer
         self._eos_token_ids = frozenset(eos_token_ids)
+        self._grammars = GrammarCompiler(tokenizer, runner.vocab_size, self._eos_token_ids)
         self._config = config
         self._seed = seed
         self._numbers = itertools.count()
@@ -71,11 +71,14 @@ class Intake:
         text, ids = tokenize(prompt, self._tokenizer, self._runner.vocab_size)
         room = self._room_after(len(ids))
         self._check_vocabulary(params)
+        rule = params.structured_outputs
+        grammar = None if rule is None else self._grammars.compile(rule)
         number = next(self._numbers)
         salt: tuple[Hashable, ...] = (cache_salt(prompt), self._runner.position_salt(len(ids)))
         if not self._config.enable_prefix_caching:
             salt = (*salt, number)  # shared by the request's own completions alone
-        max_tokens = room if params.max_tokens is None else min(params.max_tokens, room)
+        limits = (room, params.max_tokens, self._config.max_iter_times)
+        max_tokens = min(limit for limit in limits if limit is not None)
         max_blocks = -(-(len(ids) + max_tokens) // self._runner.block_size)
         eos_token_ids = frozenset[int]() if params.ignore_eos else self._eos_token_ids
         seed = self._seed_of(number, params)
@@ -86,7 +89,8 @@ class Intake:
                     ids,
                     max_tokens,
                     max_blocks,
-                    urgency=arrival + priority * PRIORITY_STEP_SECONDS,
+                    arrival=arrival,
+                    priority=priority,
                     salt=salt,
                 ),
                 text=TextOutput(
@@ -96,6 +100,9 @@ class Intake:
                 row=_sampling_row(params, eos_token_ids, prompt_len=len(ids), seed=seed, stream=index),
                 params=params,
                 eos_token_ids=eos_token_ids,
+                grammar=None
+                if grammar is None
+                else grammar.copy(params.stop_token_ids or (), params.ignore_eos),
                 logprobs=None if params.logprobs is None else [],
             )
             for index in range(params.n)

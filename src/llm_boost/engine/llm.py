@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, fields
 from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
@@ -31,6 +31,9 @@ class LoadedRunner(ModelRunner, Protocol):
 
     @property
     def weight_bytes(self) -> int: ...
+
+    @property
+    def cache_bytes(self) -> int: ...
 
     @property
     def threads(self) -> int: ...
@@ -102,8 +105,9 @@ class LLM:
         threads: by default one for each physical core.
         seed: for requests without a seed of their own.
         cache_dir: where packed weights are kept.
-        block_size, num_blocks, kv_cache_memory: of the KV cache, in tokens, blocks and bytes; by default
-            chosen to hold max_num_seqs sequences within a part of the free memory.
+        block_size: of the KV cache, in tokens.
+        num_blocks, kv_cache_memory: its size in blocks, or in bytes. By default it holds max_num_seqs
+            sequences of max_model_len, or what fits in half of the memory that the weights leave free.
         max_num_seqs: sequences that run at the same time.
         max_num_batched_tokens: tokens that one step computes: larger is faster for prompts, smaller is
             smoother for the requests that run beside them.
@@ -113,7 +117,8 @@ class LLM:
         hf_config: config.json's keys, for a directory of safetensors without that file.
         src_strategy: of a checkpoint in rank folders, which is merged as it is read; a file or a folder.
         progress: called with (bytes done, bytes in all) while the weights are packed.
-        vllm_options: other arguments of vLLM's LLM, accepted at the values at which they ask for nothing.
+        options: the other fields of SchedulerConfig, MindIE's scheduling terms; and other arguments of
+            vLLM's LLM, accepted at the values at which they ask for nothing.
     """
 
     def __init__(
@@ -137,13 +142,16 @@ class LLM:
         hf_config: Mapping[str, Any] | None = None,
         src_strategy: str | Path | None = None,
         progress: Progress | None = None,
-        **vllm_options: Any,
+        **options: Any,
     ) -> None:
-        check_vllm_options(vllm_options, known=list(inspect.signature(LLM).parameters)[:-1])
+        terms = {field.name for field in fields(SchedulerConfig)}
+        scheduling_options = {name: options.pop(name) for name in terms & options.keys()}
+        check_vllm_options(options, known=[*list(inspect.signature(LLM).parameters)[:-1], *terms])
         scheduling = SchedulerConfig(
             max_num_seqs=max_num_seqs,
             max_num_batched_tokens=max_num_batched_tokens,
             enable_prefix_caching=enable_prefix_caching,
+            **scheduling_options,
         )
         check_seed(seed)
         self._parts = load_parts(
@@ -190,6 +198,16 @@ class LLM:
     def weight_bytes(self) -> int:
         """Size of the packed weights."""
         return self._parts.runner.weight_bytes
+
+    @property
+    def kv_cache_tokens(self) -> int:
+        """Tokens that the KV cache holds, of all sequences together."""
+        return self._parts.runner.num_blocks * self._parts.runner.block_size
+
+    @property
+    def kv_cache_bytes(self) -> int:
+        """Memory that a full KV cache takes; what is not used yet takes none."""
+        return self._parts.runner.cache_bytes
 
     @property
     def threads(self) -> int:

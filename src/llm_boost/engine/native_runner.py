@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import contextlib
 import os
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -93,7 +92,7 @@ class NativeRunner:
         Args:
             dtype: of the weights; auto keeps a float checkpoint as bfloat16 and a quantised one as int8.
             num_blocks, kv_cache_memory: the KV cache in blocks or bytes; by default what max_num_seqs
-                sequences of max_model_len need, at most half of the memory that is free.
+                sequences of max_model_len need, at most half of the memory that the weights leave free.
 
         Raises:
             ConfigError: a setting out of range. CheckpointError: weights missing, damaged or not finite.
@@ -103,18 +102,20 @@ class NativeRunner:
         max_model_len = _max_model_len(config, max_model_len)
         block_size = _check_block_size(DEFAULT_BLOCK_SIZE if block_size is None else block_size)
         block_bytes = cache_block_bytes(config, dtype, block_size)
-        if num_blocks is None:
-            num_blocks = _num_blocks(block_bytes, block_size, max_model_len, max_num_seqs, kv_cache_memory)
-        _check_num_blocks(num_blocks, block_bytes)
+        num_blocks = _asked_blocks(num_blocks, kv_cache_memory, block_size, block_bytes)
         isa = choose_isa()
         check_tensors(config, checkpoint)
         specs = list(decoder.weights(config))
+        planned = plan_entries(checkpoint, specs, dtype)
+        if num_blocks is None:
+            spare = available_memory() - sum(entry.nbytes for entry in planned)
+            wanted = -(-max_model_len // block_size) * max_num_seqs
+            num_blocks = max(1, min(wanted, int(spare * MEMORY_SHARE_OF_CACHE) // block_bytes))
         key = PackKey(checkpoint.path, checkpoint.fingerprint(), dtype, LAYOUT_VERSION)
 
         def entries() -> Iterator[Any]:
             return pack_entries(checkpoint, specs, dtype, threads)
 
-        planned = plan_entries(checkpoint, specs, dtype)
         packed = PackedStore(cache_dir).open_or_build(key, entries, planned, progress)
         return cls(
             config,
@@ -180,13 +181,13 @@ class _Entries:
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:
-    """One of DTYPES; raises ConfigError. auto: bfloat16, but int8 for a quantised GGUF."""
+    """One of DTYPES; raises ConfigError. auto: bfloat16, but int8 for a quantised checkpoint."""
     if dtype == "auto":
         floats = {"float32", "float16", "bfloat16"}
         quantised = any(
             info.dtype not in floats and len(info.shape) == 2 for info in checkpoint.tensors.values()
         )
-        return "int8" if quantised and checkpoint.format == "gguf" else "bfloat16"
+        return "int8" if quantised else "bfloat16"
     name = ALIASES.get(dtype, dtype)
     if name not in DTYPES:
         raise ConfigError(f"dtype: got {dtype!r}, allowed auto, {', '.join((*DTYPES, *ALIASES))}")
@@ -235,30 +236,28 @@ def _max_model_len(config: ModelConfig, wanted: int | None) -> int:
     return wanted
 
 
-def _check_num_blocks(value: int, block_bytes: int) -> None:
-    """Memory that is not there must not be promised: the system would end the process as it fills it."""
-    _check("num_blocks", value, 1, 1 << 31)
+def _asked_blocks(blocks: int | None, memory: int | None, block_size: int, block_bytes: int) -> int | None:
+    """The KV cache that was asked for, in blocks. Memory that is not there must not be promised: the system
+    would end the process as it fills it."""
+    if blocks is not None and memory is not None:
+        raise ConfigError(f"kv_cache_memory: got {memory}, and num_blocks {blocks}: give one of them")
     free = available_memory()
-    if value > 1 and value * block_bytes > free:
-        raise ConfigError(
-            f"num_blocks: got {value}, which take {value * block_bytes / 1e9:.1f} GB, allowed at most "
-            f"{free // block_bytes}: {free / 1e9:.1f} GB of memory are free"
-        )
-
-
-def _num_blocks(
-    block_bytes: int, block_size: int, max_model_len: int, max_num_seqs: int, memory: int | None
-) -> int:
-    per_sequence = -(-max_model_len // block_size)
     if memory is not None:
-        _check("kv_cache_memory", memory, 1, 1 << 50)
+        _check("kv_cache_memory", memory, 1, 1 << 60)
         if memory < block_bytes:
             raise ConfigError(
-                f"kv_cache_memory: got {memory} bytes, one block of {block_size} tokens takes {block_bytes}"
+                f"kv_cache_memory: got {memory} bytes, allowed at least {block_bytes}, "
+                f"a block of {block_size} tokens"
+            )
+        if memory > max(free, block_bytes):
+            raise ConfigError(
+                f"kv_cache_memory: got {memory / 1e9:.1f} GB, allowed at most {free / 1e9:.1f} GB, "
+                "the memory that is free"
             )
         return memory // block_bytes
-    budget = available_memory()
-    affordable = per_sequence * max_num_seqs
-    with contextlib.suppress(ZeroDivisionError):
-        affordable = min(affordable, int(budget * MEMORY_SHARE_OF_CACHE) // block_bytes)
-    return max(1, affordable)
+    if blocks is not None and _check("num_blocks", blocks, 1, 1 << 31) * block_bytes > max(free, block_bytes):
+        raise ConfigError(
+            f"num_blocks: got {blocks}, which take {blocks * block_bytes / 1e9:.1f} GB, allowed at most "
+            f"{free // block_bytes}: {free / 1e9:.1f} GB of memory are free"
+        )
+    return blocks

@@ -6,6 +6,7 @@ from collections.abc import Collection
 from dataclasses import dataclass, field
 
 from llm_boost._native import SamplingRow
+from llm_boost.engine.grammar import Grammar
 from llm_boost.engine.outputs import CompletionOutput, FinishReason, Logprob, RequestMetrics, RequestOutput
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.sequence import Sequence
@@ -21,13 +22,14 @@ class Completion:
     row: SamplingRow
     params: SamplingParams
     eos_token_ids: Collection[int]
+    grammar: Grammar | None = None
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
     stop_reason: int | str | None = None
 
     def append(self, token: int, logprobs: dict[int, Logprob] | None) -> None:
-        """Adds a token, and finishes if it is the last one."""
+        """Adds a token, and finishes if it is the last one; GrammarError if its grammar cannot take it."""
         self.sequence.append(token)
         if self.logprobs is not None and logprobs is not None:
             self.logprobs.append(logprobs)
@@ -41,11 +43,19 @@ class Completion:
             stop_string = self.text.push(token)
             if self.finish_reason is None and stop_string is not None:
                 self.finish_reason, stop = "stop", stop_string
+        if self.grammar is not None and self.finish_reason is None:
+            self._follow_grammar(self.grammar, token)
         if self.finish_reason is None and self.sequence.is_full:
             self.finish_reason = "length"
         if self.finish_reason and not isinstance(stop, str):
             self.text.finish()
         self.stop_reason = stop
+
+    def _follow_grammar(self, grammar: Grammar, token: int) -> None:
+        """Ends the text with the grammar, without waiting for the model to say so."""
+        grammar.accept(token)
+        if grammar.is_finished:
+            self.finish_reason = "stop"
 
     def output(self) -> CompletionOutput:
         return CompletionOutput(

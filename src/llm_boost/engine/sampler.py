@@ -3,18 +3,19 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
-from llm_boost.engine.batch import FloatArray
+import numpy as np
+
+from llm_boost._native import Sampler
+from llm_boost.engine.batch import FloatArray, Int32Array
+from llm_boost.engine.grammar import GrammarMasks
 from llm_boost.engine.outputs import Logprob
 from llm_boost.engine.request import Completion
 
-if TYPE_CHECKING:
-    from llm_boost import _native
-
 _FAULTS = {
     1: "the model gave NaN or infinite logits; try dtype float32, or check the checkpoint",
-    2: "logit_bias and min_tokens leave no token to choose",
+    2: "logit_bias, allowed_token_ids, bad_words and min_tokens leave no token to choose",
     3: "the sequence has a token outside the model's vocabulary",
 }
 
@@ -25,30 +26,46 @@ class Sampled(NamedTuple):
     logprobs: dict[int, Logprob] | None  # when the request wants them: the token's first, then the likeliest
 
 
-def sample(
-    native: _native.Sampler,
-    logits: FloatArray,
-    completions: Sequence[Completion],
-    decode: Callable[[int], str],
-) -> list[Sampled]:
-    """Samples logits [R, V] for R completions. `decode` gives a token's text, for logprobs."""
-    tokens, status, extra = native.sample(
-        logits, [c.row for c in completions], [c.sequence.tokens for c in completions]
-    )
-    ids: list[int] = tokens.tolist()
-    if extra is None and not status.any():
-        return [Sampled(token, None, None) for token in ids]
+class TokenSampler:
+    """Samples for all completions of a step. `decode` gives a token's text, for logprobs."""
 
-    sampled = []
-    for i, (completion, token) in enumerate(zip(completions, ids, strict=True)):
-        fault = _FAULTS.get(int(status[i]))
-        logprobs = None
-        if fault is None and extra is not None and completion.params.logprobs is not None:
-            logprob, rank, top_ids, top_logprobs = extra
-            logprobs = {token: Logprob(float(logprob[i]), int(rank[i]), decode(token))}
-            best = zip(top_ids[i].tolist(), top_logprobs[i].tolist(), strict=True)
-            for place, (top, value) in enumerate(list(best)[: completion.params.logprobs], start=1):
-                if top >= 0 and top != token:
-                    logprobs[top] = Logprob(value, place, decode(top))
-        sampled.append(Sampled(token, fault, logprobs))
-    return sampled
+    def __init__(self, vocab_size: int, threads: int, decode: Callable[[int], str]) -> None:
+        self._native = Sampler(vocab_size, threads)
+        self._masks = GrammarMasks(vocab_size)
+        self._decode = decode
+
+    def sample(self, logits: FloatArray, completions: Sequence[Completion]) -> list[Sampled]:
+        """Samples logits [R, V] for R completions."""
+        masks, masked = self._fill_masks(completions)
+        tokens, status, extra = self._native.sample(
+            logits, [c.row for c in completions], [c.sequence.tokens for c in completions], masks, masked
+        )
+        ids: list[int] = tokens.tolist()
+        faults = {int(i): _FAULTS[int(status[i])] for i in np.flatnonzero(status)}
+        for i in masked:
+            grammar = completions[i].grammar
+            if grammar is not None and grammar.error:
+                faults[i] = f"structured_outputs: {grammar.error}"
+        if extra is None and not faults:
+            return [Sampled(token, None, None) for token in ids]
+
+        sampled = []
+        for i, (completion, token) in enumerate(zip(completions, ids, strict=True)):
+            logprobs = None
+            if i not in faults and extra is not None and completion.params.logprobs is not None:
+                logprob, rank, top_ids, top_logprobs = extra
+                logprobs = {token: Logprob(float(logprob[i]), int(rank[i]), self._decode(token))}
+                best = zip(top_ids[i].tolist(), top_logprobs[i].tolist(), strict=True)
+                for place, (top, value) in enumerate(list(best)[: completion.params.logprobs], start=1):
+                    if top >= 0 and top != token:
+                        logprobs[top] = Logprob(value, place, self._decode(top))
+            sampled.append(Sampled(token, faults.get(i), logprobs))
+        return sampled
+
+    def _fill_masks(self, completions: Sequence[Completion]) -> tuple[Int32Array | None, list[int]]:
+        """The masks of the rows that have a grammar, and these rows."""
+        masked = [i for i, completion in enumerate(completions) if completion.grammar is not None]
+        if not masked:
+            return None, masked
+        grammars = [grammar for completion in completions if (grammar := completion.grammar) is not None]
+        return self._masks.fill(grammars), masked

@@ -8,6 +8,7 @@ from dataclasses import dataclass
 from numbers import Integral, Real
 from typing import Any
 
+from llm_boost.engine.structured_outputs import StructuredOutputsParams
 from llm_boost.errors import RequestError
 
 MAX_N = 128
@@ -49,6 +50,7 @@ class SamplingParams:
     logprobs: int | None = None  # 0: of each chosen token; N: of the N likeliest too
     logit_bias: Mapping[int, float] | None = None  # token id -> -100..100, added to its logit
     skip_special_tokens: bool = True  # in the text; token_ids has them always
+    structured_outputs: StructuredOutputsParams | None = None  # what the text must look like
 
     def __post_init__(self) -> None:
         checked: dict[str, Any] = {
@@ -77,6 +79,10 @@ class SamplingParams:
             "logit_bias": _logit_bias(self.logit_bias),
             "skip_special_tokens": _boolean("skip_special_tokens", self.skip_special_tokens),
         }
+        if self.structured_outputs is not None and not isinstance(
+            self.structured_outputs, StructuredOutputsParams
+        ):
+            raise _fault("structured_outputs", self.structured_outputs, "StructuredOutputsParams")
         if checked["temperature"] < GREEDY_BELOW:
             checked["temperature"] = 0.0
         for name, value in checked.items():

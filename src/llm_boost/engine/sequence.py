@@ -12,15 +12,16 @@ from llm_boost.engine.batch import Int32Array
 class Sequence:
     """A prompt and the tokens made from it so far.
 
-    `order` is (request number, index in the request); `rank` says who comes first, the smaller does. Tokens
-    0 .. num_computed - 1 are in the cache; a step computes the next, and once all are computed the logits of
-    the last give a new token. Sequences of different `salt` share no blocks. `num_cached` is how many tokens
-    were in the cache when it first ran, None before.
+    `order` is (request number, index in the request). Tokens 0 .. num_computed - 1 are in the cache; a step
+    computes the next, and once all are computed the logits of the last give a new token. Sequences of
+    different `salt` share no blocks. `num_cached` is how many tokens were in the cache when it first ran,
+    None before.
     """
 
     __slots__ = (
         "_blocks",
         "_tokens",
+        "arrival",
         "num_blocks",
         "num_cached",
         "num_computed",
@@ -28,8 +29,9 @@ class Sequence:
         "num_shareable",
         "num_tokens",
         "order",
-        "rank",
+        "priority",
         "salt",
+        "set_aside",
     )
 
     def __init__(
@@ -39,11 +41,14 @@ class Sequence:
         max_tokens: int,
         max_blocks: int,
         *,
-        urgency: float = 0.0,
+        arrival: float = 0.0,
+        priority: int = 0,
         salt: Hashable = None,
     ) -> None:
         self.order = order
-        self.rank = (urgency, *order)
+        self.arrival = arrival  # in seconds
+        self.priority = priority  # lower comes first
+        self.set_aside = False  # it once gave way to one that had waited too long
         self.num_prompt_tokens = self.num_tokens = len(prompt)
         self.salt = salt
         self.num_cached: int | None = None
@@ -72,6 +77,11 @@ class Sequence:
     @property
     def num_uncomputed(self) -> int:
         return self.num_tokens - self.num_computed
+
+    @property
+    def is_decoding(self) -> bool:
+        """A step computes its newest token alone."""
+        return self.num_uncomputed == 1
 
     @property
     def is_full(self) -> bool:

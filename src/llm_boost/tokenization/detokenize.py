@@ -40,14 +40,14 @@ class Detokenizer:
     def __init__(self, backend: Backend, source: str) -> None:
         self._backend = backend
         self._token_bytes, self.errors, self.strip = _understand_decoder(backend, source)
-        self._skipped = frozenset(
+        self.special_token_ids = frozenset(
             token_id for token_id, token in backend.get_added_tokens_decoder().items() if token.special
         )
         self._cache: dict[int, bytes] = {}
 
     def token_bytes(self, token_id: int, skip_special_tokens: bool) -> bytes:
         """The bytes of one token; none for ids outside the vocabulary (models pad theirs)."""
-        if skip_special_tokens and token_id in self._skipped:
+        if skip_special_tokens and token_id in self.special_token_ids:
             return b""
         found = self._cache.get(token_id)
         if found is None:

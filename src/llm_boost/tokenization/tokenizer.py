@@ -4,8 +4,9 @@ from __future__ import annotations
 
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
+from tokenizers import Encoding
 from tokenizers import Tokenizer as Backend
 
 from llm_boost.errors import RequestError, TokenizerError
@@ -31,6 +32,15 @@ class SpecialTokens:
             "pad_token": self.pad,
         }
         return {role: token for role, token in roles.items() if token is not None}
+
+
+class PlacedToken(NamedTuple):
+    """A token, and the characters of the text that it stands for."""
+
+    id: int
+    text: str
+    start: int
+    stop: int
 
 
 @dataclass(frozen=True)
@@ -101,8 +111,21 @@ class Tokenizer:
 
         `add_special_tokens` puts the beginning-of-sequence token in front where the model wants one.
         """
+        return self._encode(text, add_special_tokens).ids
+
+    def encode_with_offsets(self, text: str, *, add_special_tokens: bool = True) -> list[PlacedToken]:
+        """The tokens of a text, each with its place in it; those that were added stand for nothing of it."""
+        encoding = self._encode(text, add_special_tokens)
+        return [
+            PlacedToken(
+                token, text[start:stop] or self.decode([token], skip_special_tokens=False), start, stop
+            )
+            for token, (start, stop) in zip(encoding.ids, encoding.offsets, strict=True)
+        ]
+
+    def _encode(self, text: str, add_special_tokens: bool) -> Encoding:
         try:
-            return self._backend.encode(text, add_special_tokens=add_special_tokens).ids
+            return self._backend.encode(text, add_special_tokens=add_special_tokens)
         except TypeError:
             if not isinstance(text, str):
                 raise
@@ -125,6 +148,15 @@ class Tokenizer:
         for token_id in after:
             stream.push(token_id)
         return stream
+
+    def token_bytes(self, token_id: int) -> bytes:
+        """What a token stands for, a special one by its name; nothing for ids without a token."""
+        return self._detokenizer.token_bytes(token_id, skip_special_tokens=False)
+
+    @property
+    def special_token_ids(self) -> frozenset[int]:
+        """The ids that are no text: `skip_special_tokens` leaves them out."""
+        return self._detokenizer.special_token_ids
 
     @property
     def chat_template(self) -> str | None:

@@ -66,8 +66,12 @@ class SplitWeights:
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as float32, float16 or bfloat16."""
+        return as_floats(self.stored(name), name, self.path)
+
+    def stored(self, name: str) -> NDArray[Any]:
+        """The tensor in whatever type it is stored."""
         tensor = self.pieced(name)
-        return as_floats(tensor.read(whole_box(tensor.info.shape)), name, self.path)
+        return tensor.read(whole_box(tensor.info.shape))
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) of it; no others are read."""

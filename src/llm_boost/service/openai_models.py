@@ -1,0 +1,175 @@
+"""OpenAI's requests as pydantic models, with vLLM's and MindIE's additions."""
+
+from __future__ import annotations
+
+from typing import Annotated, Any, Literal
+
+from pydantic import BaseModel, ConfigDict, Field
+
+from llm_boost.service.body import Says
+
+Model = Annotated[str, Field(max_length=256)]
+Temperature = Annotated[
+    float, Field(ge=0, le=100), Says("Parameter temperature must be in [0.0,100.0], got {}.")
+]
+TopP = Annotated[float, Field(gt=0, le=1), Says("Parameter top_p must be in (0.0,1.0], got {}.")]
+TopK = Annotated[
+    int, Field(ge=-1, le=2**31 - 1), Says("Parameter top_k must be in -1 || (0,2147483647], got {}")
+]
+Repetition = Annotated[
+    float, Field(gt=0, le=2), Says("Parameter 'repetition_penalty' must be in (0.0, 2.0], got {}.")
+]
+Presence = Annotated[
+    float, Field(ge=-2, le=2), Says("Parameter presence_penalty not in [-2.0, 2.0], but got {}.")
+]
+Frequency = Annotated[
+    float, Field(ge=-2, le=2), Says("Parameter frequency_penalty should be in [-2.0, 2.0], got {}.")
+]
+Seed = Annotated[
+    int, Field(ge=0, le=2**63 - 1), Says("Parameter seed must be in [0, 9223372036854775807], got {}.")
+]
+MaxTokens = Annotated[
+    int, Field(ge=1, le=2**31 - 1), Says("Parameter max_tokens must be (0,2147483647], got {}")
+]
+Count = Annotated[int, Field(ge=1, le=8192)]
+StopString = Annotated[str, Field(min_length=1, max_length=1024)]
+StopStrings = StopString | Annotated[list[StopString], Field(max_length=64)]
+TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
+TokenIds = Annotated[list[TokenId], Field(max_length=1 << 20)]
+LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field(max_length=1024)]
+Priority = Annotated[int, Field(ge=-(2**31) + 1, le=2**31 - 1)]
+
+
+class Body(BaseModel):
+    """A request: types are strict, except that an integer will do for a number; null is absent."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+
+
+class StreamOptions(Body):
+    include_usage: bool | None = None
+    continuous_usage_stats: bool | None = None
+
+
+class SamplingBody(Body):
+    """What both endpoints know of sampling."""
+
+    model: Model | None = None
+    temperature: Temperature | None = None
+    top_p: TopP | None = None
+    top_k: TopK | None = None
+    min_p: Annotated[float, Field(ge=0, le=1)] | None = None
+    n: Count | None = None
+    stop: StopStrings | None = None
+    stop_token_ids: Annotated[TokenIds, Field(max_length=1024)] | None = None
+    presence_penalty: Presence | None = None
+    frequency_penalty: Frequency | None = None
+    repetition_penalty: Repetition | None = None
+    logit_bias: LogitBias | None = None
+    seed: Seed | None = None
+    max_tokens: MaxTokens | None = None
+    min_tokens: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
+    ignore_eos: bool | None = None
+    skip_special_tokens: bool | None = None
+    include_stop_str_in_output: bool | None = None
+    stream: bool | None = None
+    stream_options: StreamOptions | None = None
+    priority: Priority | None = None
+    timeout: Annotated[float, Field(gt=0, le=65535)] | None = None
+    user: str | None = None
+
+    def sampling(self) -> dict[str, Any]:
+        """In SamplingParams' names."""
+        bias = self.logit_bias
+        return {
+            "temperature": self.temperature,
+            "top_p": self.top_p,
+            "top_k": self.top_k,
+            "min_p": self.min_p,
+            "n": self.n,
+            "stop": self.stop,
+            "stop_token_ids": self.stop_token_ids,
+            "presence_penalty": self.presence_penalty,
+            "frequency_penalty": self.frequency_penalty,
+            "repetition_penalty": self.repetition_penalty,
+            "logit_bias": None if bias is None else {_token_id(key): value for key, value in bias.items()},
+            "seed": self.seed,
+            "min_tokens": self.min_tokens,
+            "ignore_eos": self.ignore_eos,
+            "skip_special_tokens": self.skip_special_tokens,
+            "include_stop_str_in_output": self.include_stop_str_in_output,
+        }
+
+
+def _token_id(key: str) -> int | str:
+    return int(key) if key.isdecimal() and len(key) < 12 else key
+
+
+class CompletionRequest(SamplingBody):
+    prompt: (
+        str
+        | TokenIds
+        | Annotated[list[str], Field(max_length=128)]
+        | Annotated[list[TokenIds], Field(max_length=128)]
+    )
+    echo: bool | None = None
+    logprobs: (
+        Annotated[int, Field(ge=0, le=20), Says("logprobs should be in range [0, 20], got {}.")] | None
+    ) = None
+    suffix: Literal[""] | None = None
+
+
+class FunctionCall(Body):
+    name: str
+    arguments: str
+
+
+class ToolCall(Body):
+    id: str | None = None
+    type: Literal["function"] = "function"
+    function: FunctionCall
+
+
+class ContentPart(Body):
+    type: Literal["text"]
+    text: str
+
+
+class ChatMessage(Body):
+    role: Annotated[
+        Literal["system", "developer", "user", "assistant", "tool"],
+        Says("Request param contains role must be system, assistant, user or tool"),
+    ]
+    content: str | list[ContentPart] | None = None
+    name: str | None = None
+    tool_calls: Annotated[list[ToolCall], Field(max_length=128)] | None = None
+    tool_call_id: str | None = None
+    reasoning_content: str | None = None
+
+    def for_template(self) -> dict[str, Any]:
+        """As chat templates know messages: the content one text, the arguments of calls an object."""
+        content = self.content
+        if isinstance(content, list):
+            content = "".join(part.text for part in content)
+        message: dict[str, Any] = {
+            "role": "system" if self.role == "developer" else self.role,
+            "content": content or "",
+        }
+        for name in ("name", "tool_call_id", "reasoning_content"):
+            if getattr(self, name) is not None:
+                message[name] = getattr(self, name)
+        if self.tool_calls:
+            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+        return message
+
+
+class ChatRequest(SamplingBody):
+    messages: Annotated[list[ChatMessage], Field(min_length=1, max_length=4096)]
+    max_completion_tokens: MaxTokens | None = None
+    logprobs: bool | None = None
+    top_logprobs: (
+        Annotated[int, Field(ge=0, le=20), Says("Parameter top logprobs must be in [0, 20], got {}.")] | None
+    ) = None
+    chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    chat_template: str | None = None  # refused: nothing from a request is run
+    add_generation_prompt: bool | None = None
