@@ -108,7 +108,7 @@ def transform(
 
 
 def check_vacant(folder: Path, ranks: int, source: Source) -> None:
-    """The source may not lie where the result goes, nor a rank's folder that the new ones would not replace."""
+    """The source may not lie where the result goes, nor folders of more ranks than it has."""
     for shard in source.shards:
         if folder.resolve() in shard.path.resolve().parents and RANK_FOLDER.fullmatch(shard.path.parent.name):
             raise CheckpointError(f"{folder}: is where the source lies; choose another folder")
