@@ -26,8 +26,6 @@ from llm_boost.checkpoint.parallel.tensor_parallel import Heads, Mesh, decoder_s
 from llm_boost.errors import CheckpointError
 from llm_boost.protobuf import bytes_field, integer_field
 
-GOLDENS = Path(__file__).parent.parent / "goldens" / "mindspore"
-
 
 def decoder(layers=2, heads=8, kv_heads=2, head_dim=4, inner=96, vocab=64, bias=True):
     """The shapes of a Qwen2, by MindFormers' names."""

@@ -28,6 +28,7 @@ from llm_boost.checkpoint.parallel.transform import check_vacant, plan, transfor
 from llm_boost.checkpoint.parallel.unified import unify
 from llm_boost.errors import CheckpointError
 
+MINDSPORE = Path(__file__).parent.parent / "goldens" / "mindspore_parallel"
 FORMATS = st.sampled_from(["ckpt", "safetensors"])
 
 
@@ -59,6 +60,26 @@ def test_every_road_is_what_numpy_makes_of_it(case, first, second, by_rank, work
         ):
             assert all(same(*each) for each in zip(found, expected, strict=True))
         assert not list(folder.rglob("*.tmp"))
+
+
+# ---- what MindSpore made (tests/goldens/make_mindspore_strategies.py)
+
+
+@pytest.mark.parametrize("source_strategy", ["source.ckpt", "source.json"])
+def test_mindspores_strategies_and_what_it_made_by_them(tmp_path, source_strategy):
+    source, target = read_strategy(MINDSPORE / source_strategy), read_strategy(MINDSPORE / "target.ckpt")
+    assert [(each.ranks, len(each.stages)) for each in (source, target)] == [(8, 2), (4, 1)]
+    with np.load(MINDSPORE / "whole.npz") as arrays:
+        whole = {name: arrays[name] for name in arrays.files if name != "version"}
+    for rank in range(8):
+        (tmp_path / f"ranks/rank_{rank}").mkdir(parents=True)
+        shutil.copy(MINDSPORE / f"source_{rank}.ckpt", tmp_path / f"ranks/rank_{rank}")
+    made = run(tmp_path / "ranks", target, tmp_path / "made", src_strategy=source)
+    for rank, found in enumerate(made):
+        assert same(found, read(MINDSPORE / f"target_{rank}.ckpt"))
+    (merged,) = run(tmp_path / "ranks", None, tmp_path / "one", src_strategy=source)
+    assert same(merged, whole)
+    assert same(merged, read(MINDSPORE / "whole.ckpt"))
 
 
 # ---- models

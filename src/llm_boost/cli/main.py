@@ -27,7 +27,7 @@ _VERBS = {  # verb: (module with a click command of the verb's name and suffix _
     "strategy": ("llm_boost.cli.strategy", "How a model lies on N ranks, as MindSpore's strategy files."),
     "transform": ("llm_boost.cli.transform", "Split, merge or re-split a checkpoint among ranks."),
     "eval": ("llm_boost.cli.eval", "Perplexity of a text, and KL divergence from a reference dtype."),
-    "bench": ("llm_boost.cli.bench", "Speed of a model or of the kernels, beside the machine's limits."),
+    "bench": ("llm_boost.cli.bench", "Speed of a model, of many prompts, or of the kernels."),
     "doctor": ("llm_boost.cli.doctor", "What this machine can do, and what that means for speed."),
 }
 _EPILOG = """\b
