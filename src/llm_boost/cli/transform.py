@@ -18,6 +18,7 @@ if TYPE_CHECKING:
     from llm_boost.checkpoint.parallel.strategy import Strategy
     from llm_boost.checkpoint.parallel.transform import Share
 
+DEFAULT_WORKERS = 2  # one thread alone writes slower than most disks
 LAYOUTS = ("grouped", "grouped_plain_bias", "plain")
 _EXAMPLES = """\b
 Examples:
@@ -65,8 +66,8 @@ Sources: a .ckpt or .safetensors file, a Hugging Face folder, or folders rank_0,
     "--rank_id", type=int, metavar="R", help="Write the share of the process that begins with rank R."
 )
 @click.option(
-    "--transform_process_num", "--max_process_num", "processes", type=int, default=1, metavar="N",
-    help="Files at work at a time; with --rank_id the number of processes that share the ranks (default 1).",
+    "--transform_process_num", "--max_process_num", "processes", type=int, metavar="N",
+    help="Files at work at a time (default 2); with --rank_id the processes that share the ranks (default 1).",
 )  # fmt: skip
 @click.option(
     "--transform_by_rank", type=BOOL_TEXT, default=False,
@@ -131,7 +132,7 @@ def _transform(src: Path, dst: Path, flags: dict[str, Any]) -> dict[str, Any]:
     shares = plan(source, strategy, dst, flags["prefix"], form, joined)
     mine = _my_share(shares, source, flags)
     check_vacant(dst, len(shares), source)
-    workers = 1 if flags["rank_id"] is not None else flags["processes"]
+    workers = 1 if flags["rank_id"] is not None else flags["processes"] or DEFAULT_WORKERS
     with ProgressBar("transforming") as progress:
         kept = transform(source, mine, by_rank=flags["transform_by_rank"], workers=workers, progress=progress)
     if flags["ranks"] is not None and strategy is not None:
@@ -161,9 +162,10 @@ def _unify(src: Path, dst: Path, flags: dict[str, Any]) -> dict[str, Any]:
     if flags["form"] == "ckpt":
         raise ConfigError("--format: got 'ckpt', allowed: safetensors (what unified safetensors are)")
     source, _ = _open(src, flags)
+    workers = flags["processes"] or DEFAULT_WORKERS
     with ProgressBar("unifying") as progress:
         folder, size, parts = unify(
-            source, dst, flags["file_suffix"], flags["filter_out_param_prefix"], flags["processes"], progress
+            source, dst, flags["file_suffix"], flags["filter_out_param_prefix"], workers, progress
         )
     carry_settings(src, folder)
     return {"what": f"{folder}: {parts} part{'s' * (parts > 1)}", "files": parts, "bytes": size}
@@ -221,7 +223,8 @@ def _target(source: Source, src: Path, flags: dict[str, Any]) -> Strategy | None
 
 def _my_share(shares: list[Share], source: Source, flags: dict[str, Any]) -> list[Share]:
     """The ranks that this process writes: all, or with --rank_id those of one of several processes."""
-    ranks, processes, rank_id = len(shares), flags["processes"], flags["rank_id"]
+    ranks, rank_id = len(shares), flags["rank_id"]
+    processes = 1 if flags["processes"] is None else flags["processes"]
     allowed = {ranks} if ranks > 1 else {1, source.strategy.ranks if source.strategy else 1}
     if flags["world_size"] is not None and flags["world_size"] not in allowed:
         raise ConfigError(f"--world_size: got {flags['world_size']}, but the result has {ranks} ranks")

@@ -35,7 +35,7 @@ from llm_boost.checkpoint.whole_file import Progress, Rows, check_free_space, di
 from llm_boost.errors import CheckpointError
 
 FORMATS = ("ckpt", "safetensors")
-MAPPED_BYTES = 256 << 20  # written between two times that the source's pages are let go
+MAPPED_BYTES = 64 << 20  # written between two times that the source's pages are let go
 
 
 @dataclass(frozen=True)
@@ -165,15 +165,10 @@ def _write_group(source: Source, digest: str, shares: Sequence[Share], meter: _M
             share.file.parent.mkdir(parents=True, exist_ok=True)
             writing = _writing(source, digest, share, meter, hashing)
             steps.append((set(share.boxes), stack.enter_context(contextlib.closing(writing))))
-        since = 0
-        for name, info in source.parameters.items():
+        for name in source.parameters:
             for names, writing in steps:
                 if name in names:
                     next(writing)
-            since += int(np.prod(info.shape, dtype=np.int64)) * 4
-            if since > MAPPED_BYTES:
-                source.forget()
-                since = 0
         for _, writing in steps:
             next(writing, None)
 
@@ -186,7 +181,7 @@ def _writing(
 
     def tensors() -> Iterator[tuple[str, Rows]]:
         for spec in share.specs:
-            rows = source.pieced(spec.name).rows(share.boxes[spec.name])
+            rows = _released(source, source.pieced(spec.name).rows(share.boxes[spec.name]))
             yield spec.name, _hashed(rows, spec.name, sums, hashing)
 
     def verify(temporary: Path) -> None:
@@ -200,6 +195,18 @@ def _writing(
         return ckpt_steps(share.file, share.specs, tensors(), progress, verify)
     metadata = {"format": "ms"}
     return safetensors_steps(share.file, share.specs, tensors(), metadata, progress, 1, verify)
+
+
+def _released(source: Source, rows: Iterable[NDArray[Any]]) -> Iterator[NDArray[Any]]:
+    """The rows; now and then the source's pages are taken out of this process's memory."""
+    since = 0
+    for chunk in rows:
+        yield chunk
+        since += chunk.nbytes
+        if since >= MAPPED_BYTES:
+            source.forget()
+            since = 0
+    source.forget()
 
 
 def _hashed(
