@@ -203,10 +203,9 @@ def test_predict_reads_rank_folders(ok, run, refused, tmp_path):
     expected = ok("predict", "--model", QWEN, *prompt)
     assert ok("predict", "--model", "two", *prompt) == expected
     (tmp_path / "c.yaml").write_text("auto_trans_ckpt: False\n" + YAML)
-    line = refused(
-        "predict", "--config_path", "c.yaml", "--load_checkpoint", "two", "--save_file", "r", *prompt
-    )
-    assert line.startswith("c.yaml: auto_trans_ckpt: got False, but two is split into ranks and this is one")
+    code, _, line = run("predict", "--config_path", "c.yaml", "--load_checkpoint", "two", *prompt)
+    assert code == 2
+    assert "error: c.yaml: auto_trans_ckpt: got False, but two is split into ranks and this is one" in line
     (tmp_path / "c.yaml").write_text("auto_trans_ckpt: True\n" + YAML)
     assert ok("predict", "--config_path", "c.yaml", "--load_checkpoint", "two", *prompt) == expected
     for rank in (0, 1):

@@ -67,7 +67,7 @@ Sources: a .ckpt or .safetensors file, a Hugging Face folder, or folders rank_0,
 )
 @click.option(
     "--transform_process_num", "--max_process_num", "processes", type=int, metavar="N",
-    help="Files at work at a time (default 2); with --rank_id the processes that share the ranks (default 1).",
+    help="Files at work at a time (default 2); with --rank_id the processes that share the ranks (1).",
 )  # fmt: skip
 @click.option(
     "--transform_by_rank", type=BOOL_TEXT, default=False,
