@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "evaluation",
         "llm_boost",
+        "models",
         "service",
         "suggest",
     },
