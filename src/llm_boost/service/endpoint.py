@@ -80,12 +80,14 @@ class EndpointApp:
         call = Call(self._service, self._shape, request, request_id)
         sent = _Sent(send, request_id)
         start = time.monotonic()
+        name = f"{self._endpoint.method} {self._endpoint.path}"
         try:
-            response = await self._admitted(call)
-            if response is None:
-                await _unless_gone(receive, self._handle(call), scope, sent)
-            else:
-                await response(scope, receive, sent)
+            with self._service.tracing.request(name, request.headers, request_id):
+                response = await self._admitted(call)
+                if response is None:
+                    await _unless_gone(receive, self._handle(call), scope, sent)
+                else:
+                    await response(scope, receive, sent)
         finally:
             _log_request(call, sent.status, time.monotonic() - start)
 
