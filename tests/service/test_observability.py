@@ -50,7 +50,8 @@ def test_prompts_are_logged_when_asked_for(serve: Serve, capfd: pytest.CaptureFi
     lines = [json.loads(line) for line in capfd.readouterr().err.splitlines() if line]
     (entry,) = [line for line in lines if line["event"] == "generation"]
     assert entry["prompt"] == "a prompt\n{forged"
-    assert entry["request_id"] == "r1"
+    (request,) = [line for line in lines if line.get("request_id") == "r1"]
+    assert request["ask_id"] == entry["request_id"]
     assert entry["texts"]
 
 

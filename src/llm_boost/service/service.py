@@ -7,7 +7,7 @@ import contextlib
 import enum
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Iterator, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -333,6 +333,3 @@ def _as_faults() -> Any:
 
 def _timeout(whose: str) -> Fault:
     return Fault("failed", f"Engine callback timeout: {whose}")
-
-
-Handler = Callable[..., Awaitable[Any]]

@@ -38,7 +38,7 @@ async def generate_vllm(call: Call) -> Response:
         body.prompt,
         {**body.sampling(), "max_tokens": body.max_tokens or default_max_tokens(call.service)},
         stream=bool(body.stream),
-        request_id=call.request_id,
+        request_id=call.ask_id,
         priority=body.priority or 0,
         timeout=body.timeout,
     )
