@@ -1,4 +1,4 @@
-"""Hours in minutes: LLM_BOOST_SOAK=600 make test TESTS="tests/service/test_soak.py" (seconds; LLM_BOOST_SOAK_MODEL).
+"""Hours in minutes: LLM_BOOST_SOAK=600 make test TESTS=tests/service/test_soak.py (LLM_BOOST_SOAK_MODEL).
 
 A thousand connections stay open, 256 streams run at a time, some of their clients leave early. Nothing may be
 lost, memory may not grow, and every block must come back.
