@@ -52,7 +52,7 @@ class BuiltinBackend:
     def load(
         cls, run: Resolved, options: Mapping[str, Any], progress: Progress | None = None
     ) -> BuiltinBackend:
-        llm = load_llm(run, progress, **options)
+        llm = load_llm(run, progress, **_fitted(run, options))
         if llm.tokenizer.chat_template is not None:
             with contextlib.suppress(
                 LLMBoostError
@@ -102,6 +102,46 @@ class BuiltinBackend:
 
     def close(self) -> None:
         self._engine.close()
+
+
+def _fitted(run: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with wishes cut to what the model and this machine have; what was cut is noted."""
+    from llm_boost.engine.hardware import available_memory
+
+    fitted = dict(options)
+    length = fitted.pop("max_model_len_at_most", None)
+    if length is not None and "max_model_len" not in fitted:
+        most = min(_longest(run), run.config.seq_length or length)
+        fitted["max_model_len"] = min(length, most)
+        if length > most:
+            run.notes.append(f"maxSeqLen {length} is cut to {most}, which the model is made for")
+    memory = fitted.pop("kv_cache_memory_at_most", None)
+    if memory is not None:
+        if memory <= available_memory() // 2:
+            fitted["kv_cache_memory"] = memory
+        else:
+            run.notes.append(
+                f"npuMemSize {memory >> 30} GB is more than half of the free memory: "
+                "the KV cache is sized automatically"
+            )
+    return fitted
+
+
+def _longest(run: Resolved) -> int:
+    """Tokens of prompt and output that the model was made for."""
+    from llm_boost.checkpoint import open_checkpoint
+    from llm_boost.models.config import ModelConfig
+
+    hf_config = None
+    if run.yaml is not None:
+        from llm_boost.config.shapes import to_hf_config
+
+        hf_config = to_hf_config(run.yaml)
+    checkpoint = open_checkpoint(find_model(run.config.model, run.config.cache_dir), hf_config)
+    try:
+        return ModelConfig.from_hf(checkpoint.config, str(checkpoint.path)).max_model_len
+    finally:
+        checkpoint.close()
 
 
 def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_options: Any) -> LLM:
