@@ -256,7 +256,7 @@ def test_a_cache_of_keys_and_values_larger_than_memory(refused, tmp_path):
     (tmp_path / "c.yaml").write_text(YAML + "    num_blocks: 2000000000\n")
     line = refused("--config_path", "c.yaml", "--model", LLAMA, "hi")
     assert line.startswith(
-        "c.yaml: model.model_config.num_blocks: got 2000000000, which take 16384.0 GB, allowed at most "
+        "c.yaml: model.model_config.num_blocks: got 2000000000, which take 18432.0 GB, allowed at most "
     )
 
 
