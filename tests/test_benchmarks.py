@@ -7,7 +7,7 @@ import json
 import subprocess
 import sys
 from pathlib import Path
-from types import ModuleType
+from types import ModuleType, SimpleNamespace
 from typing import Any
 
 import pytest
@@ -26,7 +26,7 @@ def script(name: str) -> ModuleType:
     return module
 
 
-results = script("results")
+results, regenerate = script("results"), script("regenerate")
 
 
 @pytest.fixture(scope="module")
@@ -179,3 +179,27 @@ def test_depth_may_cost_what_reading_the_cache_costs() -> None:
     # 1.6 GB more at 0.8 of 20 GB/s is 100 ms.
     assert found(0.19) == ("90.00 ms more", True)
     assert found(0.21) == ("110.00 ms more", False)
+
+
+def test_what_is_not_installed_is_left_out(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    models, peers, exports = tmp_path / "models", tmp_path / "peers", tmp_path / "exports"
+    for file in (
+        peers / "llama_cpp/bin/python",
+        exports / "m-q4_0.gguf",
+        exports / "m-openvino-int8/model.xml",
+    ):
+        file.parent.mkdir(parents=True, exist_ok=True)
+        file.touch()
+    found = regenerate.engines("m", SimpleNamespace(models=models, peers=peers, exports=exports))
+    assert found == [
+        *(f"builtin:{dtype}={models}/m" for dtype in ("int4", "int8", "bfloat16")),
+        f"llama_cpp:Q4_0={exports}/m-q4_0.gguf@{peers}/llama_cpp/bin/python",
+    ]
+    assert f"left out: openvino int8: no {peers}/openvino/bin/python" in capsys.readouterr().err
+
+
+def test_what_was_measured_is_not_measured_again(tmp_path: Path) -> None:
+    out, command = tmp_path / "a.json", [sys.executable, "-c", "print('{}')"]
+    assert regenerate.measure(out, command, writes=False).read_text() == "{}\n"
+    out.write_text("kept")
+    assert regenerate.measure(out, command, writes=False).read_text() == "kept"
