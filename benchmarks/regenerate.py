@@ -1,11 +1,11 @@
-"""Measures everything that RESULTS.md shows, and writes it: the one command of a release, for an idle machine.
+"""Measures everything that RESULTS.md shows, and writes it: one command, for an idle machine.
 
     python benchmarks/regenerate.py --models DIR --peers DIR --exports DIR --out DIR
 
 --models holds checkpoints NAME/ and their NAME.gguf in BF16; --peers a virtual environment for each engine
-(llama_cpp, openvino, vllm, onnxruntime; what is missing is left out); --exports what was made of the models for
-them: NAME-q4_0.gguf, NAME-q8_0.gguf, NAME-openvino-int8/, NAME-openvino-int4/, NAME-onnx-int4/ (docs/benchmark.md
-says how). A part whose JSON file is in --out already is not measured again. About 40 minutes on two cores.
+(llama_cpp, openvino, vllm, onnxruntime; what is missing is left out); --exports what was made of the models
+for them: NAME-q4_0.gguf, NAME-q8_0.gguf, NAME-openvino-int8/, NAME-openvino-int4/, NAME-onnx-int4/
+(docs/benchmark.md says how). A part whose JSON file is in --out already is not measured again.
 """
 
 from __future__ import annotations
