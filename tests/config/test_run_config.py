@@ -236,3 +236,13 @@ def test_cache_memory_outranks_the_files_blocks(qwen):
     assert config({}, qwen).kv_cache_memory is None
     with pytest.raises(ConfigError, match="--kv_cache_memory: got '2G', allowed bytes"):
         config({"kv_cache_memory": "2G"}, qwen)
+
+
+def test_speculative_flags_are_a_speculative_config():
+    assert config().speculation() is None
+    flags = {"speculative_method": "ngram", "speculative_tokens": 4, "speculative_lookup_max": 3}
+    said = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    assert config(flags).speculation() == said
+    for flag, value in (("speculative_method", "eagle"), ("speculative_tokens", 33)):
+        with pytest.raises(ConfigError, match=f"--{flag}: got {value!r}, allowed"):
+            config({flag: value})

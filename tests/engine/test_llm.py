@@ -6,10 +6,11 @@ import gc
 from typing import Any
 
 import pytest
-from engine_fakes import FakeRunner
+from engine_fakes import FakeRunner, fake_parts
 
 from llm_boost import LLM
 from llm_boost.engine import llm as llm_module
+from llm_boost.engine.llm import check_same_vocabulary
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.errors import ConfigError, EngineError, RequestError
 
@@ -216,3 +217,13 @@ def test_scheduling_terms_reach_the_scheduler(make_llm: Any) -> None:
     assert len(output.outputs[0].token_ids) == 5
     with pytest.raises(ConfigError, match="template_type: got 'standard'"):
         make_llm(template_type="standard")
+
+
+def test_a_draft_model_has_the_models_vocabulary() -> None:
+    target, smaller, other = fake_parts(), fake_parts(FakeRunner(vocab_size=100)), fake_parts()
+    other.tokenizer.encode = lambda text: [ord(c) + 1 for c in text]
+    check_same_vocabulary("DIR", fake_parts(FakeRunner(vocab_size=130)), target)
+    with pytest.raises(ConfigError, match="DIR has 100 tokens, allowed at least the model's 128"):
+        check_same_vocabulary("DIR", smaller, target)
+    with pytest.raises(ConfigError, match=r"DIR cuts .* into other tokens than the model"):
+        check_same_vocabulary("DIR", other, target)

@@ -13,7 +13,7 @@ from llm_boost.errors import ConfigError, LLMBoostError, TokenizerError
 
 if TYPE_CHECKING:
     from llm_boost.config.llm_boost_yaml import LlmBoostYaml
-    from llm_boost.config.run_config import Resolved
+    from llm_boost.config.run_config import Resolved, RunConfig
     from llm_boost.engine.llm import LLM
     from llm_boost.engine.outputs import RequestOutput
     from llm_boost.engine.prompts import Prompt
@@ -136,6 +136,7 @@ def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_opti
         "block_size": config.block_size,
         "num_blocks": config.num_blocks,
         "kv_cache_memory": config.kv_cache_memory,
+        "speculative_config": _speculation(config),
         "vocab_file": config.vocab_file,
         "merges_file": config.merges_file,
         "tokenizer_overrides": overrides or None,
@@ -144,6 +145,14 @@ def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_opti
     }
     with naming_origins(resolved):
         return LLM(model=path, **{**options, **engine_options})
+
+
+def _speculation(config: RunConfig) -> dict[str, Any] | None:
+    """The speculative_config, in which a pulled model's name has become its path."""
+    said = config.speculation()
+    if said and said.get("model"):
+        said["model"] = str(find_model(said["model"], config.cache_dir))
+    return said
 
 
 @contextlib.contextmanager

@@ -77,6 +77,35 @@ def cache_options(function: F) -> F:
     )(function)
 
 
+def speculative_options(function: F) -> F:
+    """Flags that guess tokens ahead; no text changes by them."""
+    for decorate in reversed(
+        [
+            click.option(
+                "--speculative_method",
+                metavar="METHOD",
+                help="Guess tokens ahead: ngram (text that repeats its prompt), or draft_model.",
+            ),
+            click.option(
+                "--speculative_model",
+                metavar="DIR|GGUF|NAME",
+                help="A smaller model that guesses (draft_model).",
+            ),
+            click.option(
+                "--speculative_tokens", type=int, metavar="N", help="At most N guesses a step (default 10)."
+            ),
+            click.option(
+                "--speculative_lookup_min", type=int, metavar="N", help="ngram: tokens that must match (2)."
+            ),
+            click.option(
+                "--speculative_lookup_max", type=int, metavar="N", help="ngram: tokens that are compared (4)."
+            ),
+        ]
+    ):
+        function = decorate(function)
+    return function
+
+
 def note(line: str) -> None:
     """One line for the user, on stderr."""
     click.echo(f"llm-boost: {line}", err=True)

@@ -10,7 +10,7 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from llm_boost.cli.load import build_llm, naming_origins
-from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note
+from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note, speculative_options
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
 from llm_boost.cli.throughput import decode_speed, print_throughput
 from llm_boost.errors import ConfigError, EngineError, RequestError
@@ -39,6 +39,7 @@ Dashes do as well as underscores: --max-new-tokens.
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @model_options
 @cache_options
+@speculative_options
 @click.option(
     "--predict_data", multiple=True, metavar="TEXT", help="A prompt whose output repeats it. Repeatable."
 )

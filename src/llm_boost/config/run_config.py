@@ -58,6 +58,11 @@ class RunConfig(BaseModel):
     block_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
     num_blocks: Positive | None = None
     kv_cache_memory: Annotated[int, Field(ge=1)] | None = None  # bytes; outranks num_blocks of a lower rank
+    speculative_method: Literal["ngram", "draft_model"] | None = None
+    speculative_model: str | None = None
+    speculative_tokens: Annotated[int, Field(ge=1, le=32)] | None = None
+    speculative_lookup_min: Annotated[int, Field(ge=1, le=32)] | None = None
+    speculative_lookup_max: Annotated[int, Field(ge=1, le=32)] | None = None
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -73,6 +78,17 @@ class RunConfig(BaseModel):
     vocab_file: Path | None = None
     merges_file: Path | None = None
     tokenizer_overrides: dict[str, Any] = Field(default_factory=dict)
+
+    def speculation(self) -> dict[str, Any] | None:
+        """LLM's speculative_config; None where nothing was said of it."""
+        said = {
+            "method": self.speculative_method,
+            "model": self.speculative_model,
+            "num_speculative_tokens": self.speculative_tokens,
+            "prompt_lookup_min": self.speculative_lookup_min,
+            "prompt_lookup_max": self.speculative_lookup_max,
+        }
+        return {name: value for name, value in said.items() if value is not None} or None
 
     def sampling(self) -> dict[str, Any]:
         """What was said of sampling, in SamplingParams' names; greedy is temperature 0."""

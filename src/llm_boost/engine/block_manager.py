@@ -56,8 +56,8 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def missing(self, sequence: Sequence) -> int:
-        """Blocks that the sequence lacks to hold all its tokens."""
-        return self.blocks_for(sequence.num_tokens) - sequence.num_blocks
+        """Blocks that the sequence lacks to hold all its tokens and drafts."""
+        return self.blocks_for(sequence.num_tokens + sequence.num_drafts) - sequence.num_blocks
 
     def fits(self, sequence: Sequence, spare: int, *, instead_of: Iterable[Sequence] = ()) -> bool:
         """Whether `admit` would succeed, once other sequences have been released."""

@@ -9,14 +9,18 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_boost.engine.batch import ModelRunner
+from llm_boost.engine.draft_model import DraftModel
+from llm_boost.engine.drafts import Speculator
 from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
 from llm_boost.engine.outputs import RequestOutput
+from llm_boost.engine.prompt_lookup import PromptLookup
 from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler_config import SchedulerConfig
+from llm_boost.engine.speculative_config import SpeculativeConfig
 from llm_boost.engine.vllm_options import check_vllm_options
-from llm_boost.errors import CheckpointError, RequestError
+from llm_boost.errors import CheckpointError, ConfigError, RequestError
 
 if TYPE_CHECKING:
     from llm_boost.models.config import ModelConfig
@@ -113,6 +117,7 @@ class LLM:
             smoother for the requests that run beside them.
         enable_prefix_caching: what the KV cache still holds of a prompt's beginning is not computed again.
             Prompts given as dictionaries may have a `cache_salt`: those of different salts share nothing.
+        speculative_config: what is guessed ahead, as SpeculativeConfig or its fields; no text changes by it.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
         progress: called with (bytes done, bytes in all) while the weights are packed.
@@ -136,6 +141,7 @@ class LLM:
         max_num_seqs: int = SchedulerConfig.max_num_seqs,
         max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
         enable_prefix_caching: bool = SchedulerConfig.enable_prefix_caching,
+        speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
@@ -153,6 +159,9 @@ class LLM:
             **scheduling_options,
         )
         check_seed(seed)
+        speculative = (
+            None if speculative_config is None else SpeculativeConfig.from_options(speculative_config)
+        )
         self._parts = load_parts(
             model,
             vocab_file=vocab_file,
@@ -176,10 +185,41 @@ class LLM:
             self._parts.tokenizer,
             self._eos_token_ids(),
             scheduling,
+            speculator=None
+            if speculative is None
+            else self._speculator(
+                speculative,
+                max_num_batched_tokens,
+                threads=threads,
+                cache_dir=cache_dir,
+                max_num_seqs=max_num_seqs,
+                progress=progress,
+            ),
             seed=seed,
             threads=self._parts.runner.threads,
         )
         self._outbox = Outbox(self.engine)
+
+    def _speculator(
+        self, config: SpeculativeConfig, max_num_batched_tokens: int, **options: Any
+    ) -> Speculator:
+        """`options`: how a draft model is loaded."""
+        if config.model is None:
+            lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+            return Speculator(lookup, config.num_speculative_tokens)
+        options["dtype"] = config.dtype or self.dtype
+        parts = load_parts(
+            config.model,
+            vocab_file=None,
+            merges_file=None,
+            tokenizer_overrides=None,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=self._parts.runner.block_size,
+            **options,
+        )
+        check_same_vocabulary(config.model, parts, self._parts)
+        model = DraftModel(parts.runner, self._parts.runner.vocab_size, max_num_batched_tokens)
+        return Speculator(model, config.num_speculative_tokens)
 
     @property
     def tokenizer(self) -> Tokenizer:
@@ -340,6 +380,22 @@ class LLM:
         named = self._parts.generation_config.get("eos_token_id")
         ids = {*self.tokenizer.eos_token_ids, *(named if isinstance(named, (list, tuple)) else [named])}
         return {i for i in ids if isinstance(i, int) and 0 <= i < self._parts.runner.vocab_size}
+
+
+def check_same_vocabulary(model: str, draft: Parts, target: Parts) -> None:
+    """ConfigError unless a draft model's tokens are the target's."""
+    theirs, ours = draft.runner.vocab_size, target.runner.vocab_size
+    if theirs < ours:
+        raise ConfigError(
+            f"speculative_config.model: {model} has {theirs} tokens, allowed at least the model's {ours}: "
+            "both need the same vocabulary"
+        )
+    for text in ("The quick brown fox, 1234.", "def f(x):\n    return x\n", "你好，世界"):
+        if draft.tokenizer.encode(text) != target.tokenizer.encode(text):
+            raise ConfigError(
+                f"speculative_config.model: {model} cuts {text!r} into other tokens than the model: "
+                "both need the same tokenizer"
+            )
 
 
 def _with_progress_bar(outputs: Iterable[RequestOutput], total: int) -> Iterator[RequestOutput]:

@@ -34,11 +34,13 @@ class TokenSampler:
         self._masks = GrammarMasks(vocab_size)
         self._decode = decode
 
-    def sample(self, logits: FloatArray, completions: Sequence[Completion]) -> list[Sampled]:
-        """Samples logits [R, V] for R completions."""
+    def sample(
+        self, logits: FloatArray, completions: Sequence[Completion], histories: list[Int32Array]
+    ) -> list[Sampled]:
+        """Samples logits [R, V] for R completions, each after its tokens so far."""
         masks, masked = self._fill_masks(completions)
         tokens, status, extra = self._native.sample(
-            logits, [c.row for c in completions], [c.sequence.tokens for c in completions], masks, masked
+            logits, [c.row for c in completions], histories, masks, masked
         )
         ids: list[int] = tokens.tolist()
         faults = {int(i): _FAULTS[int(status[i])] for i in np.flatnonzero(status)}
