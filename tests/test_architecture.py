@@ -26,7 +26,7 @@ ARROWS: dict[str, set[str]] = {
     "llm_boost": {"engine"},
     "evaluation": {"engine", "errors"},
     "benchmark": {"_native", "checkpoint", "engine", "errors", "models"},
-    "backends": {"checkpoint", "config", "engine", "errors", "suggest", "tokenization"},
+    "backends": {"checkpoint", "config", "engine", "errors", "models", "suggest", "tokenization"},
     # of the engine its data alone: outputs, prompts, sampling parameters, stats
     "service": {"backends", "config", "engine", "errors", "llm_boost", "suggest"},
     "cli": {
@@ -40,6 +40,7 @@ ARROWS: dict[str, set[str]] = {
         "errors",
         "evaluation",
         "llm_boost",
+        "models",
         "service",
         "suggest",
     },

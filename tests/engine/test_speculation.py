@@ -64,7 +64,10 @@ def run(jobs: list[tuple[list[int], SamplingParams]], speculator: Speculator | N
 
 def told(outputs: list[RequestOutput]) -> Any:
     return [
-        [(c.token_ids, c.text, c.finish_reason, c.stop_reason, c.logprobs) for c in o.outputs]
+        (
+            o.prompt_logprobs,
+            [(c.token_ids, c.text, c.finish_reason, c.stop_reason, c.logprobs) for c in o.outputs],
+        )
         for o in outputs
     ]
 
@@ -91,6 +94,7 @@ jobs = st.lists(
             min_tokens=st.sampled_from([0, 0, 1]),
             stop=st.sampled_from([None, "a", ["k", "Z"]]),
             logprobs=st.sampled_from([None, 2]),
+            prompt_logprobs=st.sampled_from([None, None, 1]),
             ignore_eos=st.booleans(),
         ),
     ),

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from llm_boost import LLM
+    from llm_boost.config.run_config import RunConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -104,6 +108,54 @@ def speculative_options(function: F) -> F:
     ):
         function = decorate(function)
     return function
+
+
+def sampling_options(function: F) -> F:
+    """Flags that choose tokens."""
+    for decorate in reversed(
+        [
+            click.option("--do_sample", type=BOOL_TEXT, help="Sample, or take the likeliest token."),
+            click.option(
+                "--temperature",
+                type=float,
+                metavar="X",
+                help="0 is greedy; a sampling flag turns sampling on.",
+            ),
+            click.option(
+                "--top_k", type=int, metavar="N", help="Sample from the N likeliest tokens; 0: from all."
+            ),
+            click.option(
+                "--top_p",
+                type=float,
+                metavar="X",
+                help="Sample from the likeliest tokens that hold this probability.",
+            ),
+            click.option(
+                "--min_p",
+                type=float,
+                metavar="X",
+                help="Sample from tokens this likely, relative to the likeliest.",
+            ),
+            click.option("--repetition_penalty", type=float, metavar="X", help="Above 1 repeats less."),
+            click.option("--seed", type=int, metavar="N", help="Of sampling (default 0)."),
+        ]
+    ):
+        function = decorate(function)
+    return function
+
+
+def sampling(llm: LLM, config: RunConfig) -> dict[str, Any]:
+    """What flags and files say of sampling, over the model's generation_config.json; else greedy."""
+    from llm_boost import SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    model = llm.default_sampling_params()
+    if model == SamplingParams():
+        model = SamplingParams(temperature=0.0)
+    asked = {**{name: getattr(model, name) for name in names}, **config.sampling()}
+    if config.do_sample and config.temperature is None and asked["temperature"] == 0:
+        asked["temperature"] = 1.0
+    return asked
 
 
 def note(line: str) -> None:

@@ -11,10 +11,7 @@ from llm_boost.engine.scheduler import Chunk
 
 
 def build_batch(chunks: Sequence[Chunk]) -> Batch:
-    """The batch of the chunks, in their order.
-
-    The last token of each last chunk wants logits, and so do the drafts after it.
-    """
+    """The batch of the chunks, in their order; each chunk's last `num_logits` tokens give logits."""
     count = len(chunks)
     seq_starts = np.zeros(count + 1, np.int32)
     np.cumsum([chunk.num_tokens for chunk in chunks], out=seq_starts[1:])
@@ -28,14 +25,11 @@ def build_batch(chunks: Sequence[Chunk]) -> Batch:
         context_lens=context_lens,
         prompt_lens=np.array([chunk.sequence.num_prompt_tokens for chunk in chunks], np.int32),
         block_tables=block_tables,
-        logit_rows=_logit_rows(chunks, seq_starts),
+        logit_rows=_tails(seq_starts[1:], np.array([chunk.num_logits for chunk in chunks])),
     )
 
 
-def _logit_rows(chunks: Sequence[Chunk], seq_starts: Int32Array) -> Int32Array:
-    ends = seq_starts[1:][[chunk.is_last for chunk in chunks]]
-    drafts = [chunk.num_drafts for chunk in chunks if chunk.is_last]
-    if not any(drafts):
-        return ends - 1
-    rows = [np.arange(end - 1 - n, end, dtype=np.int32) for end, n in zip(ends, drafts, strict=True)]
-    return np.concatenate(rows)
+def _tails(ends: Int32Array, counts: Int32Array) -> Int32Array:
+    """The indices ends[i] - counts[i] .. ends[i] - 1 for each i, one after another."""
+    firsts = ends - np.cumsum(counts)
+    return np.arange(counts.sum(), dtype=np.int32) + np.repeat(firsts, counts).astype(np.int32)

@@ -8,7 +8,9 @@ from collections.abc import Collection, Iterable
 from heapq import heappop, heappush
 from typing import Any
 
-from llm_boost.engine.batch import ModelRunner
+import numpy as np
+
+from llm_boost.engine.batch import FloatArray, ModelRunner
 from llm_boost.engine.block_manager import BlockManager
 from llm_boost.engine.build_batch import build_batch
 from llm_boost.engine.drafts import Speculator
@@ -19,7 +21,7 @@ from llm_boost.engine.prompts import Prompt
 from llm_boost.engine.request import Completion, Request
 from llm_boost.engine.sampler import Sampled, TokenSampler
 from llm_boost.engine.sampling_params import SamplingParams
-from llm_boost.engine.scheduler import Scheduler
+from llm_boost.engine.scheduler import Chunk, Scheduler
 from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 from llm_boost.engine.stats import EngineCounters, EngineStats
@@ -120,6 +122,7 @@ class Engine:
         rows = [(completion, i) for completion, drafts in last for i in range(drafts + 1)]
         try:
             logits = self.runner.run(build_batch(chunks))
+            logits = self._score_prompts(logits, chunks)
             histories = [completion.sequence.with_drafts(i) for completion, i in rows]
             samples = self._sampler.sample(logits, [completion for completion, _ in rows], histories)
         except Exception as error:  # this batch's completions end with it, the loop does not
@@ -166,6 +169,18 @@ class Engine:
         number, index = order
         return self._by_number[number].completions[index]
 
+    def _score_prompts(self, logits: FloatArray, chunks: list[Chunk]) -> FloatArray:
+        """Keeps the log-probabilities of prompts that ask for them; the logits that give new tokens."""
+        if all(chunk.sequence.is_scored for chunk in chunks):
+            return logits
+        ends = np.cumsum([chunk.num_logits for chunk in chunks])
+        for chunk, end in zip(chunks, ends.tolist(), strict=True):
+            if not chunk.sequence.is_scored:
+                request = self._by_number[chunk.sequence.order[0]]
+                self._sampler.score_prompt(request, chunk.sequence, logits[end - chunk.num_logits : end])
+        last = [(chunk.num_drafts, end) for chunk, end in zip(chunks, ends, strict=True) if chunk.is_last]
+        return logits[[row for drafts, end in last for row in range(end - 1 - drafts, end)]]
+
     def _text_of(self, token: int) -> str:
         return self._tokenizer.decode([token], skip_special_tokens=False)
 
@@ -176,7 +191,7 @@ class Engine:
             return
         if waiting and waiting[0] is not self._kept_waiting:  # it may be let in, with a prompt to compute
             return
-        free = [s for s in running if self._completion(s.order).grammar is None]
+        free = [s for s in running if s.num_generated and self._completion(s.order).grammar is None]
         try:
             self._speculator.propose(free, self.scheduler.config.max_num_batched_tokens - len(running))
         except Exception as error:  # no text needs it
@@ -209,8 +224,9 @@ class Engine:
         return generated
 
     def _append(self, completion: Completion, sampled: Sampled) -> None:
-        if sampled.fault is not None:
-            self._fail(completion, sampled.fault)
+        fault = sampled.fault or self._by_number[completion.sequence.order[0]].prompt_fault
+        if fault is not None:
+            self._fail(completion, fault)
             return
         try:
             completion.append(sampled.token, sampled.logprobs)

@@ -28,6 +28,13 @@ class PluginParams:
     splitfuse: bool = False  # wants the template "Mix"
     speculative: SpeculativeConfig | None = None
 
+    def check_template(self, template_type: str) -> None:
+        """ConfigError where splitfuse is asked for beside another template than Mix."""
+        if self.splitfuse and template_type != "Mix":
+            raise ConfigError(
+                f"template_type: got {template_type!r}, allowed 'Mix' with splitfuse in {_NAME}"
+            )
+
 
 def parse_plugin_params(text: str, speculation_gamma: int | None = None) -> PluginParams:
     """What `plugin_params` stands for here.

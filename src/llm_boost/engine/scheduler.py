@@ -11,6 +11,9 @@ from llm_boost.engine.policies import RANKS, PrefillFirst, SelectBatch
 from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 
+# Of a prompt in a step, where each gives logits: a row of them is as wide as the vocabulary, 600 KB.
+MAX_SCORED_TOKENS = 64
+
 
 class Chunk(NamedTuple):
     """The next `num_tokens` uncomputed tokens of a sequence; after all of them come drafts."""
@@ -26,6 +29,14 @@ class Chunk(NamedTuple):
     @property
     def num_drafts(self) -> int:
         return max(0, self.num_tokens - self.sequence.num_uncomputed)
+
+    @property
+    def num_logits(self) -> int:
+        """How many of its last tokens give logits: drafts do, and the token before them."""
+        if self.sequence.is_scored:
+            return 1 + self.num_drafts if self.is_last else 0
+        end = self.sequence.num_computed + self.num_tokens
+        return max(0, end - max(self.sequence.num_computed, self.sequence.logits_from))
 
 
 class Scheduler:
@@ -103,6 +114,8 @@ class Scheduler:
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Adds the sequence's next chunk, and says how many tokens it has."""
         num_tokens = min(sequence.num_uncomputed, budget)
+        if not sequence.is_scored:
+            num_tokens = min(num_tokens, MAX_SCORED_TOKENS)
         if num_tokens > 0:
             chunks.append(Chunk(sequence, num_tokens))
         if num_tokens > 1:  # newcomers may read its blocks in this step already, see ModelRunner.run

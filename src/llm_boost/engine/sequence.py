@@ -19,7 +19,8 @@ class Sequence:
     `order` is (request number, index in the request). Tokens 0 .. num_computed - 1 are in the cache; a step
     computes the next, and once all are computed the logits of the last give a new token. Sequences of
     different `salt` share no blocks. `num_cached` is how many tokens were in the cache when it first ran,
-    None before. Drafts are guesses of the tokens to come, which a step computes too, to be verified.
+    None before. The prompt's positions from `logits_from` on give logits too, beside the last token. Drafts
+    are guesses of the tokens to come, which a step computes too, to be verified.
     """
 
     __slots__ = (
@@ -27,6 +28,7 @@ class Sequence:
         "_tokens",
         "arrival",
         "drafting",
+        "logits_from",
         "num_blocks",
         "num_cached",
         "num_computed",
@@ -58,6 +60,7 @@ class Sequence:
         self.num_prompt_tokens = self.num_tokens = len(prompt)
         self.salt = salt
         self.num_cached: int | None = None
+        self.logits_from = len(prompt)
         self.num_computed = 0
         self.num_drafts = 0
         self.drafting: Drafting | None = None  # what a drafter knows of it
@@ -73,6 +76,7 @@ class Sequence:
         other = Sequence(self.order, self.tokens[:0], 0, len(self._blocks))
         other._tokens = self._tokens
         other.num_prompt_tokens, other.num_tokens = self.num_prompt_tokens, self.num_tokens
+        other.logits_from = self.num_prompt_tokens
         return other
 
     @property
@@ -97,6 +101,16 @@ class Sequence:
     def is_decoding(self) -> bool:
         """A step computes its newest token alone."""
         return self.num_uncomputed == 1
+
+    @property
+    def is_scored(self) -> bool:
+        """No position of the prompt is left that gives logits for their own sake: all but the last may."""
+        return self.logits_from >= self.num_prompt_tokens - 1
+
+    @property
+    def num_reusable(self) -> int:
+        """Of its tokens, the first ones that need not be computed if the cache holds them."""
+        return min(self.num_tokens - 1, self.num_tokens if self.is_scored else self.logits_from)
 
     @property
     def is_full(self) -> bool:
