@@ -305,3 +305,39 @@ def test_without_detokenising_there_are_ids_alone(make_llm):
     assert completion.token_ids == llm.generate("x", GREEDY)[0].outputs[0].token_ids
     with pytest.raises(RequestError, match="stop: allowed with detokenize=True"):
         SamplingParams(detokenize=False, stop="a")
+
+
+def test_vllms_names_for_what_an_llm_is_made_of(make_llm):
+    llm = make_llm(generation_config={"temperature": 0.25})
+    assert llm.get_tokenizer() is llm.tokenizer
+    assert llm.get_default_sampling_params().temperature == 0.25
+
+
+def test_a_final_message_goes_on(make_llm):
+    llm = make_llm()
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel "}]
+    (output,) = llm.chat(talk, GREEDY, add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt == "user:Hi;assistant:Hel"
+    with pytest.raises(
+        RequestError, match="continue_final_message: allowed with add_generation_prompt=False"
+    ):
+        llm.chat(talk, GREEDY, continue_final_message=True)
+    with pytest.raises(RequestError, match="does not show the last message"):
+        llm.chat(
+            [{"role": "user", "content": ""}],
+            GREEDY,
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+
+
+def test_priorities_of_prompts(make_llm):
+    llm = make_llm(max_num_seqs=1)
+    order = [
+        output.prompt
+        for output in llm._outbox.open(llm._add(["a", "b", "c"], GREEDY, stream=False, priority=[3, 1, 2]))
+    ]
+    assert order == ["b", "c", "a"]
+    assert [output.prompt for output in llm.generate(["a", "b"], GREEDY, priority=[2, 1])] == ["a", "b"]
+    with pytest.raises(RequestError, match=r"priority: got 1, allowed one, or one a prompt \(2\)"):
+        llm.generate(["a", "b"], GREEDY, priority=[1])

@@ -13,8 +13,7 @@ import click
 
 from llm_boost.cli.conversation import Conversation
 from llm_boost.cli.load import build_llm, naming_origins
-from llm_boost.cli.options import cache_options, model_options, note, sampling_options
-from llm_boost.cli.sampling import sampling
+from llm_boost.cli.options import cache_options, model_options, note, sampling, sampling_options
 from llm_boost.errors import ConfigError, InputError
 from llm_boost.suggest import did_you_mean
 

@@ -3,9 +3,13 @@
 from __future__ import annotations
 
 from collections.abc import Callable, Sequence
-from typing import Any, TypeVar
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import click
+
+if TYPE_CHECKING:
+    from llm_boost import LLM
+    from llm_boost.config.run_config import RunConfig
 
 F = TypeVar("F", bound=Callable[..., Any])
 
@@ -133,6 +137,20 @@ def sampling_options(function: F) -> F:
     ):
         function = decorate(function)
     return function
+
+
+def sampling(llm: LLM, config: RunConfig) -> dict[str, Any]:
+    """What flags and files say of sampling, over the model's generation_config.json; else greedy."""
+    from llm_boost import SamplingParams
+
+    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
+    model = llm.default_sampling_params()
+    if model == SamplingParams():
+        model = SamplingParams(temperature=0.0)
+    asked = {**{name: getattr(model, name) for name in names}, **config.sampling()}
+    if config.do_sample and config.temperature is None and asked["temperature"] == 0:
+        asked["temperature"] = 1.0
+    return asked
 
 
 def note(line: str) -> None:

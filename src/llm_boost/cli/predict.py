@@ -15,11 +15,11 @@ from llm_boost.cli.options import (
     cache_options,
     model_options,
     note,
+    sampling,
     sampling_options,
     speculative_options,
 )
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
-from llm_boost.cli.sampling import sampling
 from llm_boost.cli.throughput import decode_speed, print_throughput
 from llm_boost.errors import ConfigError, EngineError, RequestError
 

@@ -13,10 +13,10 @@ from llm_boost.engine.draft_model import DraftModel
 from llm_boost.engine.drafts import Speculator
 from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
-from llm_boost.engine.outputs import RequestOutput
+from llm_boost.engine.outputs import Logprob, RequestOutput
 from llm_boost.engine.plugin_params import parse_plugin_params
 from llm_boost.engine.prompt_lookup import PromptLookup
-from llm_boost.engine.prompts import Prompt
+from llm_boost.engine.prompts import Prompt, tokenize
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.speculative_config import SpeculativeConfig
@@ -24,6 +24,7 @@ from llm_boost.engine.vllm_options import check_vllm_options
 from llm_boost.errors import CheckpointError, ConfigError, RequestError
 
 if TYPE_CHECKING:
+    from llm_boost.engine.beam_search import BeamSearchOutput, BeamSearchParams
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer
 
@@ -229,6 +230,13 @@ class LLM:
     def tokenizer(self) -> Tokenizer:
         return self._parts.tokenizer
 
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """See `default_sampling_params`; the name is vLLM's."""
+        return self.default_sampling_params()
+
     @property
     def model_config(self) -> ModelConfig:
         return self._parts.model_config
@@ -289,15 +297,66 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
-        """Completes the prompts, all at once; outputs are in the prompts' order. `use_tqdm` shows a bar."""
-        ids = self._add(prompts, sampling_params, stream=False)
+        """Completes the prompts, all at once; outputs are in the prompts' order.
+
+        Args:
+            use_tqdm: show a bar on stderr, where that is a terminal.
+            priority: of all, or one a prompt; lower comes first.
+        """
+        ids = self._add(prompts, sampling_params, stream=False, priority=priority)
         outputs: Iterable[RequestOutput] = self._outbox.open(ids)
         if use_tqdm:
             outputs = _with_progress_bar(outputs, len(ids))
         finished = {output.request_id: output for output in outputs}
         return [finished[request_id] for request_id in ids]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The most probable texts after each prompt, as transformers' beam search finds them.
+
+        Raises:
+            RequestError: a prompt is out of range, or too long for `params.max_tokens` more.
+        """
+        from llm_boost.engine.beam_search import NextTokenParams, beam_search
+
+        vocab_size = self._parts.runner.vocab_size
+        prompt_list: list[Any] = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
+        beginnings = []
+        for index, prompt in enumerate(prompt_list):
+            ids = tokenize(prompt, self.tokenizer, vocab_size)[1].tolist()
+            self._check_beam_search(f"prompts[{index}]", prompt, len(ids), params)
+            beginnings.append(ids)
+
+        def next_tokens(texts: Sequence[list[int]], count: int) -> list[dict[int, Logprob]]:
+            asked = NextTokenParams(
+                temperature=0,
+                max_tokens=1,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=min(count, vocab_size),
+            )
+            outputs = self.generate([{"prompt_token_ids": text} for text in texts], asked, use_tqdm=False)
+            return [(output.outputs[0].logprobs or [{}])[0] for output in outputs]
+
+        def decode(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
+
+        return beam_search(beginnings, params, frozenset(self._eos_token_ids()), next_tokens, decode)
+
+    def _check_beam_search(self, where: str, prompt: Any, num_tokens: int, params: BeamSearchParams) -> None:
+        runner = self._parts.runner
+        limit = min(runner.max_model_len, runner.num_blocks * runner.block_size)
+        if num_tokens + params.max_tokens > limit:
+            raise RequestError(
+                f"{where}: got {num_tokens} tokens and max_tokens {params.max_tokens}, "
+                f"allowed {limit} together"
+            )
+        if isinstance(prompt, dict) and prompt.get("cache_salt") is not None:
+            raise RequestError(f"{where}: cache_salt has no effect on beam search; leave it out")
 
     def stream(
         self,
@@ -315,32 +374,50 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or a list of them, through the model's chat template."""
+        """Answers a conversation, or a list of them, through the model's chat template.
+
+        With `continue_final_message` (and `add_generation_prompt=False`) the last message is the beginning of
+        the answer, and goes on.
+        """
         prompts = self.chat_prompts(
             messages,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             tools=tools,
             **(chat_template_kwargs or {}),
         )
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
     def chat_prompts(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template_options: Any
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        continue_final_message: bool = False,
+        **template_options: Any,
     ) -> list[Prompt]:
         """The prompts of one conversation or several, for `generate` or `stream`."""
+        if continue_final_message and template_options.get("add_generation_prompt", True):
+            raise RequestError(
+                "continue_final_message: allowed with add_generation_prompt=False alone, "
+                "for an answer either begins or goes on"
+            )
         if not isinstance(messages, (list, tuple)) or not messages:
             raise RequestError("messages: got none, allowed a list of messages, or a list of such lists")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = self.tokenizer.apply_chat_template(conversation, **template_options)
+            if continue_final_message:
+                text = _up_to_the_end_of(conversation[-1], text)
             ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template writes its own
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return prompts
@@ -351,13 +428,20 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         stream: bool,
+        priority: int | Sequence[int] = 0,
     ) -> list[str]:
         """Adds all requests or, when one is at fault, none."""
         prompt_list: list[Prompt] = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]  # type: ignore[list-item]
         ids: list[str] = []
+        priorities = list(priority) if isinstance(priority, (list, tuple)) else [priority] * len(prompt_list)
+        if len(priorities) != len(prompt_list):
+            raise RequestError(
+                f"priority: got {len(priorities)}, allowed one, or one a prompt ({len(prompt_list)})"
+            )
+        each = zip(prompt_list, self._params_for(prompt_list, params), priorities, strict=True)
         try:
-            for prompt, own in zip(prompt_list, self._params_for(prompt_list, params), strict=True):
-                ids.append(self.engine.add(prompt, own, stream=stream))
+            for prompt, own, urgency in each:
+                ids.append(self.engine.add(prompt, own, stream=stream, priority=urgency))
         except BaseException as error:
             for request_id in ids:
                 self.engine.abort(request_id)
@@ -409,4 +493,24 @@ def _with_progress_bar(outputs: Iterable[RequestOutput], total: int) -> Iterator
     from rich.progress import track
 
     console = Console(stderr=True)  # stdout belongs to the program that asks
-    return iter(track(outputs, description="prompts", total=total, transient=True, console=console))
+    bar = track(
+        outputs,
+        description="prompts",
+        total=total,
+        transient=True,
+        console=console,
+        disable=not console.is_terminal,
+    )
+    return iter(bar)
+
+
+def _up_to_the_end_of(message: Message, text: str) -> str:
+    """A rendered chat without what the template writes after its last message."""
+    content = message.get("content")
+    said = content.rstrip() if isinstance(content, str) else ""
+    at = text.rfind(said) if said else -1
+    if at < 0:
+        raise RequestError(
+            "continue_final_message: the chat template does not show the last message's content as it is"
+        )
+    return text[: at + len(said)]
