@@ -65,7 +65,8 @@ def eval_command(
     if reference_dtype is not None:
         reference_dtype = check_dtype("--reference_dtype", reference_dtype)
     llm = build_llm(resolved)
-    reference = build_llm(resolve({**flags, "dtype": reference_dtype})) if reference_dtype else None
+    reference_flags = {**flags, "dtype": reference_dtype, "kv_cache_dtype": None}
+    reference = build_llm(resolve(reference_flags)) if reference_dtype else None
     token_ids, bos = _tokens(llm.tokenizer, text)
     span = context - (bos is not None)
     protocol = Protocol(context=context, stride=span if stride is None else stride, bos=bos)
@@ -89,7 +90,7 @@ def qualities_of(
     from llm_boost.evaluation import Protocol, evaluate
 
     flags = {**flags, "seq_length": QUALITY_CONTEXT}
-    reference = build_llm(resolve({**flags, "dtype": reference_dtype}))
+    reference = build_llm(resolve({**flags, "dtype": reference_dtype, "kv_cache_dtype": None}))
     token_ids, bos = _tokens(reference.tokenizer, text)
     protocol = Protocol(QUALITY_CONTEXT, QUALITY_CONTEXT - (bos is not None), bos)
     found = {}

@@ -27,6 +27,8 @@ _VERBS = {  # verb: (module with a click command of the verb's name and suffix _
     "pull": ("llm_boost.cli.pull", "Fetch a model into the cache."),
     "convert": ("llm_boost.cli.convert", "A checkpoint in another format: Hugging Face, MindSpore, GGUF."),
     "inspect": ("llm_boost.cli.inspect", "What a checkpoint is; whether two hold the same."),
+    "strategy": ("llm_boost.cli.strategy", "How a model lies on N ranks, as MindSpore's strategy files."),
+    "transform": ("llm_boost.cli.transform", "Split, merge or re-split a checkpoint among ranks."),
     "eval": ("llm_boost.cli.eval", "Perplexity of a text, and KL divergence from a reference dtype."),
     "bench": ("llm_boost.cli.bench", "Speed of a model, of many prompts, or of the kernels."),
     "doctor": ("llm_boost.cli.doctor", "What this machine can do, and what that means for speed."),

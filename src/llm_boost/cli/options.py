@@ -46,6 +46,11 @@ _DTYPES = click.option(
     multiple=True,
     help="float32 (fp32), bfloat16 (bf16), int8, int4, or auto (the default); several take turns.",
 )
+_KV_CACHE_DTYPE = click.option(
+    "--kv_cache_dtype",
+    type=click.Choice(["auto", "float32", "int16", "int8"]),
+    help="Of the KV cache (default: int16; float32 for float32 weights).",
+)
 _THREADS = click.option("--threads", type=int, metavar="N", help="Threads (default: the processor's cores).")
 _CACHE_DIR = click.option(
     "--cache_dir", metavar="DIR", help="Packed and pulled models (default: ~/.cache/llm-boost)."
@@ -54,12 +59,12 @@ _CACHE_DIR = click.option(
 
 def model_options(function: F) -> F:
     """Flags of every verb that loads a model."""
-    return _MODEL(_DTYPE(_THREADS(_CACHE_DIR(function))))
+    return _MODEL(_DTYPE(_KV_CACHE_DTYPE(_THREADS(_CACHE_DIR(function)))))
 
 
 def models_options(function: F) -> F:
     """Flags of a verb that compares a model's dtypes; split_dtypes reads `dtypes`."""
-    return _MODEL(_DTYPES(_THREADS(_CACHE_DIR(function))))
+    return _MODEL(_DTYPES(_KV_CACHE_DTYPE(_THREADS(_CACHE_DIR(function)))))
 
 
 def split_dtypes(dtypes: Sequence[str]) -> list[str | None]:

@@ -20,6 +20,7 @@ from llm_boost.cli.options import (
     speculative_options,
 )
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
+from llm_boost.cli.strategy import save_strategy_of_run, wants_strategy
 from llm_boost.cli.throughput import decode_speed, print_throughput
 from llm_boost.errors import ConfigError, EngineError, RequestError
 
@@ -89,9 +90,23 @@ Dashes do as well as underscores: --max-new-tokens.
 )
 @click.option("--merges_file", metavar="FILE", help="merges.txt, instead of the model's own.")
 @click.option("--use_parallel", type=BOOL_TEXT, help="Run on the ranks of the YAML file (one, so far).")
-@click.option("--device_num", type=int, metavar="N", help="Ranks (1, so far).")
+@click.option("--device_num", type=int, metavar="N", help="Ranks (1, so far; any with --only_save_strategy).")
 @click.option("--device_id", type=int, metavar="N", help="0 or -1: the processor.")
-@click.option("--only_save_strategy", type=BOOL_TEXT, help="Refused: one rank needs no strategy file.")
+@click.option(
+    "--only_save_strategy",
+    type=BOOL_TEXT,
+    help="Write output/strategy for the ranks, and end (see llm-boost strategy).",
+)
+@click.option(
+    "--src_strategy_path_or_dir",
+    "--src_strategy",
+    "src_strategy",
+    metavar="PATH",
+    help="The strategy of a checkpoint in rank folders (default: its manifests, or strategy/ beside it).",
+)
+@click.option(
+    "--auto_trans_ckpt", type=BOOL_TEXT, help="Merge a checkpoint in rank folders as it is read (default)."
+)
 @click.option(
     "--measure_throughput", type=BOOL_TEXT, default=False, help="Measure batches of 1 and 4 instead."
 )
@@ -109,7 +124,11 @@ def predict_command(
     **flags: Any,
 ) -> None:
     """Complete each PROMPT, or answer it with --chat."""
-    resolved = _resolve(config_path, flags)
+    yaml_config = _read_yaml(config_path) if config_path else None
+    if wants_strategy(flags, yaml_config):
+        save_strategy_of_run(flags, yaml_config)
+        return
+    resolved = _resolve(yaml_config, flags)
     if measure_throughput:
         if prompts or predict_data or predict_file:
             raise ConfigError("--measure_throughput True runs random tokens: leave the prompts out")
@@ -146,12 +165,12 @@ class _Request(NamedTuple):
     params: SamplingParams
 
 
-def _resolve(config_path: str | None, flags: dict[str, Any]) -> Resolved:
+def _resolve(yaml_config: LlmBoostYaml | None, flags: dict[str, Any]) -> Resolved:
     from llm_boost.config.run_config import resolve
 
     flags["stop"] = flags["stop"] or None
     flags["ignore_eos"] = flags["ignore_eos"] or None
-    return resolve(flags, _read_yaml(config_path) if config_path else None)
+    return resolve(flags, yaml_config)
 
 
 def _show_notes(resolved: Resolved) -> None:

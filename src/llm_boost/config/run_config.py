@@ -50,6 +50,7 @@ class RunConfig(BaseModel):
 
     model: str
     dtype: Dtype = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "int16", "int8"] = "auto"
     seq_length: Positive | None = None  # tokens of prompt and continuation that a sequence can hold
     max_decode_length: Positive | None = None  # tokens of prompt and continuation that a run stops at
     max_new_tokens: Positive | None = None  # tokens of the continuation alone; outranks max_decode_length
@@ -77,6 +78,8 @@ class RunConfig(BaseModel):
     vocab_file: Path | None = None
     merges_file: Path | None = None
     tokenizer_overrides: dict[str, Any] = Field(default_factory=dict)
+    src_strategy: Path | None = None  # of a checkpoint in rank folders
+    auto_trans_ckpt: bool | None = None  # whether such a checkpoint may be merged as it is read; None: yes
 
     def speculation(self) -> dict[str, Any] | None:
         """LLM's speculative_config; None where nothing was said of it."""
@@ -195,6 +198,8 @@ def _yaml_settings(yaml_config: LlmBoostYaml, notes: list[str]) -> dict[str, _Se
     take("seed", root.seed, "seed")
     take("model", model.checkpoint_name_or_path, "model.model_config.checkpoint_name_or_path")
     take("model", root.load_checkpoint, "load_checkpoint")
+    take("src_strategy", root.src_strategy_path_or_dir, "src_strategy_path_or_dir")
+    take("auto_trans_ckpt", root.auto_trans_ckpt, "auto_trans_ckpt")
     take("dtype", model.compute_dtype, "model.model_config.compute_dtype")
     if model.compute_dtype in _FLOAT16:
         found["dtype"] = found["dtype"]._replace(value="bfloat16")
@@ -232,22 +237,16 @@ def _refuse_more_than_one_rank(flags: Mapping[str, Any], yaml_config: LlmBoostYa
         )
     if flags.get("only_save_strategy"):
         raise ConfigError(
-            f"--only_save_strategy: got True, allowed: False; {one_rank}, which needs no strategy"
+            "--only_save_strategy: got True, allowed: False; llm-boost predict and strategy save strategies"
         )
     if yaml_config is None:
         return
     root, path = yaml_config.root, yaml_config.path
     if root.only_save_strategy and "only_save_strategy" not in flags:
         raise ConfigError(
-            f"{path}: only_save_strategy: got True, allowed: False; {one_rank}, which needs no strategy"
+            f"{path}: only_save_strategy: got True, allowed: False; "
+            "llm-boost predict and strategy save strategies"
         )
-    if root.src_strategy_path_or_dir:
-        raise ConfigError(
-            f"{path}: src_strategy_path_or_dir: got {root.src_strategy_path_or_dir!r}, allowed: ''; "
-            "split checkpoints are not read in this version"
-        )
-    if root.auto_trans_ckpt:
-        raise ConfigError(f"{path}: auto_trans_ckpt: got True, allowed: False; {one_rank}")
     ranks = yaml_config.ranks(flags.get("use_parallel", root.use_parallel), flags.get("device_num"))
     if ranks > 1:
         raise ConfigError(

@@ -69,6 +69,7 @@ def load_parts(
     merges_file: str | Path | None,
     tokenizer_overrides: Mapping[str, Any] | None,
     hf_config: Mapping[str, Any] | None = None,
+    src_strategy: str | Path | None = None,
     **runner_options: Any,
 ) -> Parts:
     """Opens the checkpoint; loads configuration, tokenizer and weights, the cheap before the expensive."""
@@ -78,7 +79,7 @@ def load_parts(
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer, load_tokenizer
 
-    checkpoint = open_checkpoint(model, hf_config)
+    checkpoint = open_checkpoint(model, hf_config, src_strategy=src_strategy)
     is_gguf = checkpoint.format == "gguf"
     source = checkpoint.path if is_gguf else checkpoint.folder / "config.json"
     model_config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
@@ -106,6 +107,7 @@ class LLM:
     Args:
         model: a Hugging Face directory, a GGUF file, or MindSpore's `.ckpt` or safetensors.
         dtype: of the weights: auto, float32, bfloat16, int8 or int4.
+        kv_cache_dtype: of the KV cache: auto, float32, int16 or int8 (half the memory of int16).
         max_model_len: tokens of prompt and output together; by default what the model was made for.
         threads: by default one for each physical core.
         seed: for requests without a seed of their own.
@@ -122,6 +124,7 @@ class LLM:
         plugin_params: MindIE's, which asks for the same in its own way.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
+        src_strategy: of a checkpoint in rank folders, which is merged as it is read; a file or a folder.
         progress: called with (bytes done, bytes in all) while the weights are packed.
         options: the other fields of SchedulerConfig, MindIE's scheduling terms; and other arguments of
             vLLM's LLM, accepted at the values at which they ask for nothing.
@@ -132,6 +135,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         threads: int | None = None,
         seed: int = 0,
@@ -148,6 +152,7 @@ class LLM:
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
         hf_config: Mapping[str, Any] | None = None,
+        src_strategy: str | Path | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
@@ -174,7 +179,9 @@ class LLM:
             merges_file=merges_file,
             tokenizer_overrides=tokenizer_overrides,
             hf_config=hf_config,
+            src_strategy=src_strategy,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             cache_dir=cache_dir,
             max_model_len=max_model_len,
