@@ -41,7 +41,8 @@ class Run:
         self.engines = list(engines.values())
         self.texts = next((report["texts"] for report in reports if report["texts"]), [])
         self.model: str = next(e["model"] for e in self.engines if e["engine"].startswith("builtin"))
-        self.columns = list(dict.fromkeys(name for e in self.engines for row in e["rows"] for name in row))
+        names = dict.fromkeys(name for e in self.engines for row in e["rows"] for name in row)
+        self.columns = [name for name in names if name != "others"]
 
     def ours(self, dtype: str) -> dict[str, Any] | None:
         return next((e for e in self.engines if e["engine"] == f"builtin {dtype}"), None)
@@ -258,6 +259,14 @@ def machine(about: dict[str, Any]) -> str:
     )
 
 
+def disturbance(run: Run) -> str:
+    shares = [share for engine in run.engines for share in values(engine, "others")] or [0.0]
+    return (
+        f"other processes took {100 * statistics.median(shares):.0f} % of the processors' time meanwhile, "
+        f"{100 * max(shares):.0f} % at most"
+    )
+
+
 def compare_section(run: Run) -> str:
     report = run.report
     versions = sorted(
@@ -270,8 +279,8 @@ def compare_section(run: Run) -> str:
             "",
             f"{report['date']}, {machine(report['machine'])}. All in one run, taking turns; medians of "
             f"{report['repeat']} repetitions (of the long tests {(report['repeat'] + 1) // 2}), with the "
-            "lowest and the highest. pp: prefill of a prompt; tg64: decode after the first of these prompts; "
-            "batch16: output tokens a second of 16 sequences, 128 tokens in, 64 out.",
+            f"lowest and the highest; {disturbance(run)}. pp: prefill of a prompt; tg64: decode after the "
+            "first of these prompts; batch16: output tokens a second of 16 sequences, 128 tokens in, 64 out.",
             "",
             comparison(run),
             "",

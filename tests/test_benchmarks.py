@@ -64,9 +64,10 @@ def test_engines_take_turns_and_their_quality_stands_beside(compared: dict[str, 
     assert 0 < int8["kl"] < int4["kl"]
     assert int8["scored_tokens"] == 511
     for engine in (int8, int4):
-        columns = [sorted(row) for row in engine["rows"]]
+        columns = [sorted(row.keys() - {"others"}) for row in engine["rows"]]
         assert columns == [["pp12", "tg3"], ["pp12", "tg3"], ["pp20"], ["batch2"]]
-        assert all(value > 0 for row in engine["rows"] for value in row.values())
+        assert all(value > 0 for row in engine["rows"] for name, value in row.items() if name != "others")
+        assert all(0 <= row["others"] <= 1 for row in engine["rows"])
         assert engine["peak_memory"] > 1e6
     assert "| builtin int4 |" in compared["table"]
     assert f"{int4['kl']:.5g}" in compared["table"]
@@ -75,6 +76,9 @@ def test_engines_take_turns_and_their_quality_stands_beside(compared: dict[str, 
 def test_the_page_of_a_real_run(compared: dict[str, Any]) -> None:
     page = results.page([results.Run([compared])], [])
     assert "## qwen2, beside other engines" in page
+    assert "others, tokens/s" not in page
+    most = max(row["others"] for engine in compared["engines"] for row in engine["rows"])
+    assert f"{100 * most:.0f} % at most" in page
     assert f"| {compared['engines'][0]['kl']:.5f} |" in page
     assert "builtin:int8=qwen2 builtin:int4=qwen2 --prompt 12,20 --new 3 --batch 2 --repeat 2" in page
 
