@@ -338,3 +338,8 @@ def test_fuzz_random(tmp_path, content, tensors, entries):
     path = tmp_path / "fuzz.gguf"
     path.write_bytes(b"GGUF" + struct.pack("<IQQ", 3, tensors, entries) + content)
     assert_refused_or_read(lambda: read_all(path), len(content))
+
+
+def test_no_rows_of_a_rotated_tensor_are_no_rows(tmp_path):
+    checkpoint = open_checkpoint(tiny_llama_gguf()[0].write(tmp_path / "m.gguf"))
+    assert checkpoint.read_rows("model.layers.0.self_attn.q_proj.weight", 3, 3).shape == (0, 32)

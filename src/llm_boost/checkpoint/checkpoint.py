@@ -36,7 +36,7 @@ class Checkpoint(Protocol):
 
     @property
     def format(self) -> str:
-        """ "huggingface", "mindspore" or "gguf"."""
+        """ "huggingface", "mindspore", "gguf", "meta" or "packed"."""
         ...
 
     @property
@@ -83,7 +83,8 @@ class Checkpoint(Protocol):
 def open_checkpoint(
     path: str | Path, hf_config: Mapping[str, Any] | None = None, qkv_layout: str | None = None
 ) -> Checkpoint:
-    """Opens a Hugging Face directory, a GGUF file, MindSpore's `.ckpt` or safetensors, or a directory of one.
+    """Opens a Hugging Face directory, a GGUF file, MindSpore's `.ckpt` or safetensors, or a directory of one;
+    a directory of Meta's `consolidated.*.pth`, or of packed weights.
 
     `hf_config` stands in for config.json where weights have none beside them. `qkv_layout` is that of a
     MindFormers checkpoint with concatenated weights (`mindformers_names.LAYOUTS`).
@@ -110,6 +111,8 @@ def _open_file(path: Path, hf_config: Mapping[str, Any] | None, qkv_layout: str 
         from llm_boost.checkpoint.gguf_checkpoint import GGUFCheckpoint
 
         return GGUFCheckpoint(path)
+    if path.suffix == ".packed":
+        return _open_directory(path.parent, [path.name], hf_config, qkv_layout)
     if path.suffix in (".ckpt", ".safetensors"):
         return _open_weights(path, [path], None, hf_config, qkv_layout)
     raise CheckpointError(
@@ -120,6 +123,10 @@ def _open_file(path: Path, hf_config: Mapping[str, Any] | None, qkv_layout: str 
 def _open_directory(
     path: Path, names: list[str], hf_config: Mapping[str, Any] | None, qkv_layout: str | None
 ) -> Checkpoint:
+    if "weights.packed" in names:
+        from llm_boost.checkpoint.packed_checkpoint import PackedCheckpoint
+
+        return PackedCheckpoint(path, hf_config)
     weights = [n for n in names if n.endswith(".safetensors") or re.fullmatch(r"pytorch_model.*\.bin", n)]
     ggufs = [n for n in names if n.endswith(".gguf")]
     if weights or any(n.endswith(".index.json") for n in names):
@@ -133,6 +140,10 @@ def _open_directory(
         raise CheckpointError(
             f"{path}: holds {len(ggufs)} GGUF files; name the one to use: {shown(ggufs, 200)}"
         )
+    if any(re.fullmatch(r"consolidated\.\d+\.pth", n) for n in names):
+        from llm_boost.checkpoint.meta_pth import MetaCheckpoint
+
+        return MetaCheckpoint(path, hf_config)
     if any(n.endswith(".ckpt") or re.fullmatch(r"rank_\d+", n) for n in names):
         from llm_boost.checkpoint.mindformers import rank_files
 

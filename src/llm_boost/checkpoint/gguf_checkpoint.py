@@ -33,6 +33,9 @@ LAYER_NAMES = {
     "ffn_down": "mlp.down_proj",
 }
 LAYER_TENSOR = re.compile(r"blk\.(\d+)\.(\w+)\.(weight|bias)")
+HF_LAYER = re.compile(r"model\.layers\.(\d+)\.(.+)")
+_GGUF_TOP_NAMES = {theirs: ours for ours, theirs in TOP_NAMES.items()}
+_GGUF_LAYER_NAMES = {theirs: ours for ours, theirs in LAYER_NAMES.items()}
 ROPE_FACTORS = "rope_freqs.weight"  # Llama 3's scaling, one divisor a frequency
 
 DTYPE_NAMES = {"F32": "float32", "F16": "float16", "BF16": "bfloat16"}
@@ -78,7 +81,7 @@ class GGUFCheckpoint:
         head_rows = info.shape[0] // heads
         first, last = start // head_rows, -(-stop // head_rows)
         rows = self._file.read_rows(self._source[name], first * head_rows, last * head_rows)
-        return _to_half_rotation(rows, last - first)[start - first * head_rows : stop - first * head_rows]
+        return to_half_rotation(rows, head_rows)[start - first * head_rows : stop - first * head_rows]
 
     def fingerprint(self) -> str:
         """See Checkpoint.fingerprint."""
@@ -202,11 +205,25 @@ def _hf_name(name: str) -> str:
     return f"{TOP_NAMES[stem]}.{suffix}" if stem in TOP_NAMES else name
 
 
-def _to_half_rotation(rows: NDArray[Any], heads: int) -> NDArray[Any]:
-    """GGUF's q and k of Llama rotate neighbouring rows; Hugging Face's rows i and i + head_dim / 2."""
-    head_rows = rows.shape[0] // heads
-    pairs = rows.reshape(heads, head_rows // 2, 2, *rows.shape[1:])
+def gguf_name(name: str) -> str | None:
+    """The reverse of it; None for a tensor that llama.cpp has no name for."""
+    stem, _, suffix = name.rpartition(".")
+    match = HF_LAYER.fullmatch(stem)
+    if match and match[2] in _GGUF_LAYER_NAMES:
+        return f"blk.{match[1]}.{_GGUF_LAYER_NAMES[match[2]]}.{suffix}"
+    return f"{_GGUF_TOP_NAMES[stem]}.{suffix}" if stem in _GGUF_TOP_NAMES else None
+
+
+def to_half_rotation(rows: NDArray[Any], head_rows: int) -> NDArray[Any]:
+    """GGUF's and Meta's q and k of Llama rotate neighbouring rows; Hugging Face's i and i + head_dim / 2."""
+    pairs = rows.reshape(len(rows) // head_rows, head_rows // 2, 2, *rows.shape[1:])
     return np.ascontiguousarray(pairs.swapaxes(1, 2)).reshape(rows.shape)
+
+
+def to_neighbour_rotation(rows: NDArray[Any], head_rows: int) -> NDArray[Any]:
+    """The reverse of `to_half_rotation`."""
+    halves = rows.reshape(len(rows) // head_rows, 2, head_rows // 2, *rows.shape[1:])
+    return np.ascontiguousarray(halves.swapaxes(1, 2)).reshape(rows.shape)
 
 
 def _token_ids(fields: Fields) -> dict[str, Any]:

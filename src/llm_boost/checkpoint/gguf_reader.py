@@ -92,12 +92,17 @@ class GGUFFile:
         """The bytes before the data."""
         return self._map()[: self.header_size]
 
-    def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
-        """Rows [start, stop) of the first dimension: a read-only view, or dequantised to float32."""
+    def raw_rows(self, name: str, start: int, stop: int) -> NDArray[np.uint8]:
+        """The bytes of rows [start, stop) of the first dimension, flat: a read-only view."""
         tensor = self.tensors[name]
         row_bytes = (tensor.end - tensor.begin) // tensor.shape[0]
         first = tensor.begin + start * row_bytes
-        data = self._map()[first : tensor.begin + stop * row_bytes].view(np.ndarray)
+        return self._map()[first : tensor.begin + stop * row_bytes].view(np.ndarray)
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
+        """Rows [start, stop) of the first dimension: a read-only view, or dequantised to float32."""
+        tensor = self.tensors[name]
+        data = self.raw_rows(name, start, stop)
         shape = (stop - start, *tensor.shape[1:])
         if tensor.type in BLOCK_TYPES:
             return dequantize(data, BLOCK_TYPES[tensor.type]).reshape(shape)

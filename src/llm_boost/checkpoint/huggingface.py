@@ -29,7 +29,7 @@ class HuggingFaceCheckpoint:
 
     def __init__(self, path: Path, files: WeightFiles, hf_config: Mapping[str, Any] | None = None) -> None:
         self.path = self.folder = path
-        self.config = _config(path, hf_config)
+        self.config = read_config(path, hf_config)
         self.generation_config = read_generation_config(path)
         self.metadata: dict[str, Any] = {}
         self._files = files
@@ -90,7 +90,7 @@ def settings_bytes(folder: Path, config: Mapping[str, Any]) -> bytes:
     return data + json.dumps(config, sort_keys=True).encode()
 
 
-def _config(path: Path, otherwise: Mapping[str, Any] | None) -> dict[str, Any]:
+def read_config(path: Path, otherwise: Mapping[str, Any] | None) -> dict[str, Any]:
     """config.json, or what stands in for it."""
     if (path / "config.json").is_file():
         return read_json_object(path / "config.json")

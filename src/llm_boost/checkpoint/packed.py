@@ -21,13 +21,14 @@ from typing import Any, NamedTuple
 import numpy as np
 from numpy.typing import NDArray
 
+from llm_boost.checkpoint.checkpoint import TensorInfo
 from llm_boost.checkpoint.safetensors_reader import SafetensorsFile
 from llm_boost.checkpoint.safetensors_writer import TensorSpec, write_safetensors
 from llm_boost.checkpoint.whole_file import Progress
 from llm_boost.errors import CheckpointError
 
 FORMAT_VERSION = 1
-MANIFEST = "llm_boost.packed"
+MANIFEST, TENSORS = "llm_boost.packed", "llm_boost.tensors"
 
 Bytes = NDArray[np.uint8]
 
@@ -128,19 +129,32 @@ class PackedStore:
         planned: Sequence[PlannedEntry],
         progress: Progress | None,
     ) -> None:
-        specs = [TensorSpec(entry.name, "U8", (entry.nbytes,)) for entry in planned]
-        metas = {entry.name: entry.meta for entry in planned}
+        write_packed(path, key, entries, planned, None, progress)
 
-        def tensors() -> Iterator[tuple[str, Bytes]]:
-            for entry in entries():
-                if entry.meta != metas.get(entry.name):
-                    raise ValueError(
-                        f"{entry.name}: {metas.get(entry.name)} was announced, {entry.meta} came"
-                    )
-                yield entry.name, entry.data
-                del entry  # else it would live on while the next is made
 
-        write_safetensors(path, specs, tensors(), {MANIFEST: _manifest(key, planned)}, progress)
+def write_packed(
+    path: Path,
+    key: PackKey,
+    entries: Callable[[], Iterator[PackedEntry]],
+    planned: Sequence[PlannedEntry],
+    tensors: Sequence[TensorInfo] | None = None,
+    progress: Progress | None = None,
+) -> None:
+    """Writes one packed file; `tensors`, of the checkpoint that is packed, are for who has the file alone."""
+    specs = [TensorSpec(entry.name, "U8", (entry.nbytes,)) for entry in planned]
+    metas = {entry.name: entry.meta for entry in planned}
+
+    def announced() -> Iterator[tuple[str, Bytes]]:
+        for entry in entries():
+            if entry.meta != metas.get(entry.name):
+                raise ValueError(f"{entry.name}: {metas.get(entry.name)} was announced, {entry.meta} came")
+            yield entry.name, entry.data
+            del entry  # else it would live on while the next is made
+
+    metadata = {MANIFEST: _manifest(key, planned)}
+    if tensors is not None:
+        metadata[TENSORS] = json.dumps({info.name: [info.dtype, list(info.shape)] for info in tensors})
+    write_safetensors(path, specs, announced(), metadata, progress)
 
 
 class _Names:
@@ -178,9 +192,14 @@ def _open(
         file = SafetensorsFile(path)
     except CheckpointError:
         return None
+    return opened(file, planned) if file.metadata.get(MANIFEST) == _manifest(key, planned) else None
+
+
+def opened(
+    file: SafetensorsFile, planned: Sequence[PlannedEntry]
+) -> dict[str, tuple[Bytes, Mapping[str, Any]]] | None:
+    """The mapped entries, or None where they are not those that are planned."""
     sizes = {name: info.shape for name, info in file.infos().items()}
-    if file.metadata.get(MANIFEST) != _manifest(key, planned):
-        return None
     if sizes != {entry.name: (entry.nbytes,) for entry in planned}:
         return None
     return {entry.name: (file.raw(entry.name), entry.meta) for entry in planned}

@@ -1,7 +1,9 @@
-"""Reads one pytorch_model*.bin: with torch's weights-only loader, which runs no code, or not at all."""
+"""Reads one pytorch_model*.bin or consolidated.*.pth: with torch's weights-only loader, that runs no code."""
 
 from __future__ import annotations
 
+import ctypes
+import mmap
 from pathlib import Path
 from typing import Any
 
@@ -13,6 +15,8 @@ from llm_boost.checkpoint.checkpoint import TensorInfo
 from llm_boost.checkpoint.fields import shown
 from llm_boost.errors import CheckpointError
 
+_LIBC = ctypes.CDLL(None)
+
 
 class TorchFile:
     """A memory-mapped state dict; CheckpointError without torch, or for anything but a dict of tensors."""
@@ -22,7 +26,8 @@ class TorchFile:
             import torch
         except ImportError:
             raise CheckpointError(
-                f"{path}: reading .bin weights needs torch; install it, or use the model's safetensors"
+                f"{path}: reading {path.suffix} weights needs torch; install it, or use "
+                "the model's safetensors"
             ) from None
         self.path = path
         self._torch: Any = torch
@@ -54,7 +59,10 @@ class TorchFile:
         return self._numpy(self._state[name][start:stop])
 
     def forget(self) -> None:
-        """Nothing: torch holds the file's map."""
+        """See Checkpoint.forget."""
+        for tensor in self._state.values():
+            storage = tensor.untyped_storage()
+            _drop_pages(storage.data_ptr(), storage.nbytes())
 
     def close(self) -> None:
         """Lets go of the file; arrays already read stay valid."""
@@ -67,3 +75,11 @@ class TorchFile:
             return bits.view(ml_dtypes.bfloat16)
         array: NDArray[Any] = tensor.numpy()
         return array
+
+
+def _drop_pages(address: int, size: int) -> None:
+    """Takes the pages of a file's map, which nobody wrote to, out of memory: torch has no word for that."""
+    first = -(-address // mmap.PAGESIZE) * mmap.PAGESIZE
+    size = (address + size) // mmap.PAGESIZE * mmap.PAGESIZE - first
+    if size > 0:
+        _LIBC.madvise(ctypes.c_void_p(first), ctypes.c_size_t(size), ctypes.c_int(mmap.MADV_DONTNEED))

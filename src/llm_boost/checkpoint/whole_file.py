@@ -83,6 +83,28 @@ def whole_file(
             temporary.unlink(missing_ok=True)
 
 
+@contextlib.contextmanager
+def whole_folder(path: Path, total: int) -> Iterator[Path]:
+    """A folder to fill, `total` bytes large, renamed to `path` (absent, or empty) when the block ends.
+
+    Whatever fails before leaves nothing behind, and what a killed process left is removed.
+
+    Raises:
+        CheckpointError: the folder above cannot be written to, or the disk lacks the space.
+    """
+    temporary = path.with_name(f"{path.name}.{os.getpid()}.tmp")
+    remove_abandoned(path)
+    try:
+        with disk_errors(path, total):
+            check_free_space(path.parent, total)
+            temporary.mkdir()
+        yield temporary
+        with disk_errors(path, total):
+            os.replace(temporary, path)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+
+
 def check_free_space(folder: Path, total: int) -> None:
     """Raises OSError where the disk has fewer than `total` bytes left."""
     if shutil.disk_usage(folder).free < total:

@@ -12,6 +12,7 @@ import numpy as np
 from llm_boost import _native
 from llm_boost.checkpoint.checkpoint import Checkpoint
 from llm_boost.checkpoint.packed import PackedModel, PackedStore, PackKey
+from llm_boost.checkpoint.packed_checkpoint import PackedCheckpoint
 from llm_boost.engine.batch import Batch, FloatArray
 from llm_boost.engine.hardware import available_memory, default_threads
 from llm_boost.errors import ConfigError
@@ -116,7 +117,10 @@ class NativeRunner:
         def entries() -> Iterator[Any]:
             return pack_entries(checkpoint, specs, dtype, threads)
 
-        packed = PackedStore(cache_dir).open_or_build(key, entries, planned, progress)
+        if isinstance(checkpoint, PackedCheckpoint):
+            packed = checkpoint.packed(planned)
+        else:
+            packed = PackedStore(cache_dir).open_or_build(key, entries, planned, progress)
         return cls(
             config,
             packed,
@@ -181,7 +185,11 @@ class _Entries:
 
 
 def resolve_dtype(dtype: str, checkpoint: Checkpoint) -> str:
-    """One of DTYPES; raises ConfigError. auto: bfloat16, but int8 for a quantised checkpoint."""
+    """One of DTYPES; raises ConfigError. auto: bfloat16, int8 for a quantised one; packed is what it is."""
+    if isinstance(checkpoint, PackedCheckpoint):
+        if ALIASES.get(dtype, dtype) not in ("auto", checkpoint.dtype):
+            raise ConfigError(f"dtype: got {dtype!r}, but the weights are packed as {checkpoint.dtype}")
+        return checkpoint.dtype
     if dtype == "auto":
         floats = {"float32", "float16", "bfloat16"}
         quantised = any(

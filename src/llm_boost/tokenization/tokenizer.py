@@ -149,6 +149,24 @@ class Tokenizer:
             stream.push(token_id)
         return stream
 
+    def to_json(self) -> str:
+        """What a tokenizer.json would hold: vocabulary, pipeline and added tokens."""
+        return self._backend.to_str(pretty=True)
+
+    @property
+    def source(self) -> str:
+        """The file that it came from, for messages."""
+        return self._source
+
+    @property
+    def special_tokens(self) -> SpecialTokens:
+        return self._special_tokens
+
+    @property
+    def chat_templates(self) -> Mapping[str, str]:
+        """All chat templates by name."""
+        return self._chat_templates.named
+
     def token_bytes(self, token_id: int) -> bytes:
         """What a token stands for, a special one by its name; nothing for ids without a token."""
         return self._detokenizer.token_bytes(token_id, skip_special_tokens=False)
