@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "backends": {"checkpoint", "config", "engine", "errors", "suggest", "tokenization"},
     # of the engine its data alone: outputs, prompts, sampling parameters, stats
     "service": {"backends", "config", "engine", "errors", "llm_boost", "suggest"},
+    "quantize": {"_native", "checkpoint", "convert", "errors", "models", "tokenization"},
     "cli": {
         "_native",
         "backends",
@@ -41,6 +42,7 @@ ARROWS: dict[str, set[str]] = {
         "evaluation",
         "llm_boost",
         "service",
+        "quantize",
         "suggest",
     },
 }

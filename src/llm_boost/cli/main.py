@@ -25,6 +25,7 @@ _VERBS = {  # verb: (module with a click command of the verb's name and suffix _
     ),
     "pull": ("llm_boost.cli.pull", "Fetch a model into the cache."),
     "convert": ("llm_boost.cli.convert", "A checkpoint in another format: Hugging Face, MindSpore, GGUF."),
+    "quantize": ("llm_boost.cli.quantize", "A model in int4 or int8, calibrated on a text."),
     "inspect": ("llm_boost.cli.inspect", "What a checkpoint is; whether two hold the same."),
     "eval": ("llm_boost.cli.eval", "Perplexity of a text, and KL divergence from a reference dtype."),
     "bench": ("llm_boost.cli.bench", "Speed of a model or of the kernels, beside the machine's limits."),

@@ -8,7 +8,7 @@ from __future__ import annotations
 from collections.abc import Iterator
 
 from llm_boost.models.config import ModelConfig
-from llm_boost.models.plan_builder import PlanBuilder
+from llm_boost.models.plan_builder import PlanWords
 from llm_boost.models.weights import Matrix, Table, Vector, WeightSpec
 
 
@@ -45,7 +45,7 @@ def weights(config: ModelConfig) -> Iterator[WeightSpec]:
         yield Matrix("head", ("lm_head.weight",))
 
 
-def build(b: PlanBuilder, config: ModelConfig) -> None:
+def build(b: PlanWords, config: ModelConfig) -> None:
     """A step: tokens [T] -> logits [R, vocab]."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     eps = config.rms_norm_eps
