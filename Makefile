@@ -3,7 +3,7 @@
 SHELL := /bin/bash
 .SHELLFLAGS := -euo pipefail -c
 .DELETE_ON_ERROR:
-.PHONY: help setup run test lint sanitize bench docs wheel clean
+.PHONY: help setup run test lint sanitize quality bench docs wheel clean
 
 PYTHON ?= python3
 MODEL ?= smollm2-135m-instruct
@@ -75,6 +75,10 @@ sanitize: setup .venv/.extra-test ## run the native tests under AddressSanitizer
 	@$(BIN)/cmake --install build/sanitize --prefix build/sanitize/site >/dev/null
 	@$(SANITIZED) -c 'from llm_boost import _native; assert "build/sanitize" in _native.__file__, _native.__file__'
 	@$(SANITIZED) -m pytest --capture=sys tests/native
+
+quality: setup .venv/.extra-test ## check what each dtype costs a small model, on every instruction set
+	@LLM_BOOST_QUALITY_MODEL="$$($(BIN)/llm-boost pull smollm2-135m-instruct)" \
+		$(BIN)/python -m pytest -q tests/test_quality.py
 
 bench: setup ## measure a small model beside the machine's limits; ARGS="..." is passed on
 	@$(BIN)/llm-boost pull $(MODEL) >/dev/null

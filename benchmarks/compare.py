@@ -1,110 +1,212 @@
-"""Speed of the built-in engine beside other engines, in one run, taking turns: ours, theirs, ours, theirs.
+"""Speed and quality of the built-in engine beside others, in one run, taking turns: ours, theirs, ours.
 
-A worker process an engine holds its model and runs one repetition when asked, so that drift of the machine
-falls on all alike; ratios are taken repetition by repetition. Other engines live in their own environments:
+A worker process an engine holds its model and does what it is asked, so that drift of the machine falls on
+all alike; ratios are taken repetition by repetition. Other engines live in their own environments:
 
-    python benchmarks/compare.py builtin:int4=DIR builtin:int8=DIR llama_cpp=FILE.gguf@/path/to/python
+    python benchmarks/compare.py builtin:int4=DIR builtin:int8=DIR llama_cpp:Q4_0=FILE.gguf@/path/to/python \\
+        --text ARCHITECTURE.md --json run.json
 
-Each argument is ENGINE[:DTYPE]=MODEL[@PYTHON]. Prints a table with ratios to the first engine,
-and one JSON object.
+Each argument is ENGINE[:LABEL]=MODEL[@PYTHON]; the built-in engine's LABEL is its dtype. With --text, each
+engine's KL divergence from the first built-in model in float32 stands beside its speed. Prints a table with
+ratios to the first engine; benchmarks/results.py makes RESULTS.md of the JSON files of several runs.
 """
 
 from __future__ import annotations
 
 import argparse
+import contextlib
 import json
+import os
 import statistics
 import subprocess
 import sys
-from dataclasses import dataclass
+import tempfile
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
 
+import numpy as np
+
 WORKERS = Path(__file__).parent / "workers"
+WINDOW = 512  # tokens that quality is measured on at a time
+PAUSE_SECONDS = 0.3  # between engines: threads that spin after their work have gone to sleep
 
 
 @dataclass
 class Worker:
     label: str
+    model: str
     process: subprocess.Popen[str]
-    rows: list[dict[str, float]]
+    about: dict[str, Any] = field(default_factory=dict)
+    rows: list[dict[str, float]] = field(default_factory=list)
 
-    def ask(self) -> None:
+    def ask(self, **request: Any) -> Any:
         assert self.process.stdin is not None
-        assert self.process.stdout is not None
-        self.process.stdin.write("run\n")
+        self.process.stdin.write(json.dumps(request) + "\n")
         self.process.stdin.flush()
+        return self.answer()
+
+    def answer(self) -> Any:
+        assert self.process.stdout is not None
         line = self.process.stdout.readline()
         if not line:
             sys.exit(f"{self.label}: the worker ended with code {self.process.wait()}")
-        self.rows.append(json.loads(line))
-        print(f"{self.label}: {line.strip()}", file=sys.stderr)
+        return json.loads(line)
 
-    def median(self, name: str) -> float:
-        return statistics.median(row[name] for row in self.rows)
+    def values(self, name: str) -> list[float]:
+        return [row[name] for row in self.rows if name in row]
 
 
-def start(argument: str, options: argparse.Namespace) -> Worker:
+@contextlib.contextmanager
+def started(argument: str, options: argparse.Namespace) -> Iterator[Worker]:
+    """A worker that has loaded its model; it ends with the block."""
     head, _, rest = argument.partition("=")
     model, _, python = rest.partition("@")
-    engine, _, dtype = head.partition(":")
+    engine, _, label = head.partition(":")
     script = WORKERS / f"run_{engine}.py"
     if not model or not script.exists():
         known = ", ".join(sorted(path.stem.removeprefix("run_") for path in WORKERS.glob("run_*.py")))
-        sys.exit(f"{argument}: expected ENGINE[:DTYPE]=MODEL[@PYTHON], with ENGINE one of {known}")
-    sizes = [str(x) for x in (options.prompt, options.new, options.batch, options.threads)]
+        sys.exit(f"{argument}: expected ENGINE[:LABEL]=MODEL[@PYTHON], with ENGINE one of {known}")
+    longest = max(WINDOW, *(prompt + options.new + 8 for prompt in options.prompt))
+    sizes = [str(x) for x in (options.threads, longest, options.batch, options.vocabulary)]
     process = subprocess.Popen(
-        [python or sys.executable, str(script), model, dtype, *sizes],
+        [python or sys.executable, str(script), model, label, *sizes],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         text=True,
+        env=os.environ | {"OMP_NUM_THREADS": str(options.threads)},
     )
-    return Worker(f"{head} {Path(model).name}", process, [])
+    worker = Worker(f"{engine} {label}".strip(), Path(model).name, process)
+    try:
+        worker.about = worker.answer()
+        print(f"{worker.label}: {worker.about}", file=sys.stderr)
+        yield worker
+    finally:
+        process.stdin.close()  # type: ignore[union-attr]
+        process.wait()
 
 
-def table(workers: list[Worker], columns: list[str]) -> str:
+def measure_speed(workers: list[Worker], options: argparse.Namespace) -> None:
+    """The first test has a warm-up and all repetitions; the others are long, and have half of them."""
+    first, *others = options.prompt
+    asked: list[dict[str, Any]] = [{"ask": "single", "prompt": first, "new": options.new}]
+    asked += [{"ask": "single", "prompt": prompt, "new": 1} for prompt in others]
+    asked += [{"ask": "many"}] if options.batch else []
+    for number, request in enumerate(asked):
+        measured = options.repeat if number == 0 else (options.repeat + 1) // 2
+        for repetition in range(measured + 1 if number == 0 else measured):
+            for worker in workers:
+                time.sleep(PAUSE_SECONDS)
+                row = worker.ask(**request)
+                print(f"{worker.label}: {row}", file=sys.stderr)
+                if repetition or number:
+                    worker.rows.append(row)
+
+
+def measure_quality(workers: list[Worker], options: argparse.Namespace) -> None:
+    """Against the first built-in engine's model in float32, on the first tokens of each text."""
+    ours = next((argument for argument in options.engines if argument.startswith("builtin")), None)
+    if ours is None:
+        sys.exit("--text: one of the engines has to be builtin, whose model in float32 is the reference")
+    model = ours.partition("=")[2].partition("@")[0]
+    with tempfile.TemporaryDirectory() as folder:
+        tokens, reference = f"{folder}/tokens.npy", f"{folder}/reference.npy"
+        np.save(tokens, windows(model, options.text, options.text_tokens))
+        with started(f"builtin:float32={model}", options) as worker:
+            worker.ask(ask="reference", tokens=tokens, file=reference)
+        for worker in workers:
+            worker.about |= worker.ask(ask="quality", tokens=tokens, file=reference)
+            print(f"{worker.label}: {worker.about}", file=sys.stderr)
+
+
+def windows(model: str, texts: list[Path], count: int) -> np.ndarray:
+    """[windows, WINDOW] token ids."""
+    from llm_boost.tokenization import load_tokenizer
+
+    tokenizer = load_tokenizer(Path(model))
+    found: list[list[int]] = []
+    for text in texts:
+        ids = tokenizer.encode(text.read_text("utf-8"), add_special_tokens=False)[:count]
+        found += [ids[i : i + WINDOW] for i in range(0, len(ids) - WINDOW + 1, WINDOW)]
+    if not found:
+        sys.exit(f"--text: less than {WINDOW} tokens in each of {', '.join(map(str, texts))}")
+    return np.array(found, np.int64)
+
+
+def table(workers: list[Worker]) -> str:
     first = workers[0]
-    lines = ["| engine | " + " | ".join(f"{c} tok/s (of {first.label})" for c in columns) + " |"]
-    lines.append("|---" * (len(columns) + 1) + "|")
+    columns = list(dict.fromkeys(name for worker in workers for row in worker.rows for name in row))
+    header = ["engine", *(f"{c}, tok/s (of {first.label})" for c in columns), "KL, nats", "perplexity"]
+    lines = [f"| {' | '.join(header)} |", "|---" * len(header) + "|"]
     for worker in workers:
-        cells = []
+        cells = [worker.label]
         for column in columns:
-            ratios = [a[column] / b[column] for a, b in zip(worker.rows, first.rows, strict=True)]
-            spread = [row[column] for row in worker.rows]
-            cells.append(
-                f"{worker.median(column):.1f} [{min(spread):.1f}, {max(spread):.1f}] "
-                f"(x {statistics.median(ratios):.2f})"
-            )
-        lines.append(f"| {worker.label} | " + " | ".join(cells) + " |")
+            values, ours = worker.values(column), first.values(column)
+            cell = f"{statistics.median(values):.1f} [{min(values):.1f}, {max(values):.1f}]" if values else ""
+            if values and ours:
+                ratios = [a / b for a, b in zip(values, ours, strict=True)]
+                cell += f" (x {statistics.median(ratios):.2f})"
+            cells.append(cell)
+        cells += [
+            f"{worker.about[name]:.5g}" if name in worker.about else "" for name in ("kl", "perplexity")
+        ]
+        lines.append(f"| {' | '.join(cells)} |")
     return "\n".join(lines)
+
+
+def report(workers: list[Worker], options: argparse.Namespace) -> dict[str, Any]:
+    from llm_boost.benchmark.limits import Limits
+    from llm_boost.cli.bench_report import machine
+    from llm_boost.engine.native_runner import choose_isa
+
+    return {
+        "date": time.strftime("%Y-%m-%d"),
+        "machine": machine(Limits(options.threads), [choose_isa()]),
+        "texts": [text.name for text in options.text],
+        "repeat": options.repeat,
+        "arguments": f"--prompt {','.join(map(str, options.prompt))} --new {options.new} "
+        f"--batch {options.batch} --repeat {options.repeat} --threads {options.threads}",
+        "engines": [
+            {"engine": w.label, "model": w.model, **w.about, **w.ask(ask="memory"), "rows": w.rows}
+            for w in workers
+        ],
+    }
+
+
+def lengths(text: str) -> list[int]:
+    return [int(part) for part in text.split(",")]
 
 
 def main() -> None:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("engines", nargs="+", metavar="ENGINE[:DTYPE]=MODEL[@PYTHON]")
-    parser.add_argument("--prompt", type=int, default=512, help="tokens of the prompt (default: 512)")
-    parser.add_argument("--new", type=int, default=64, help="tokens decoded (default: 64)")
-    parser.add_argument(
-        "--batch", type=int, default=16, help="sequences of 128 + 64 tokens (default: 16; 0: none)"
-    )
+    parser.add_argument("engines", nargs="+", metavar="ENGINE[:LABEL]=MODEL[@PYTHON]")
+    parser.add_argument("--prompt", type=lengths, default=[512], help="tokens of prompts, as 512,2048")
+    parser.add_argument("--new", type=int, default=64, help="tokens decoded after the first prompt")
+    parser.add_argument("--batch", type=int, default=16, help="sequences of 128 + 64 tokens; 0: none")
     parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--repeat", type=int, default=5)
+    parser.add_argument("--vocabulary", type=int, default=40000, help="random prompts have ids below")
+    parser.add_argument("--repeat", type=int, default=5, help="0: quality alone")
+    parser.add_argument("--text", type=Path, nargs="+", default=[], help="measure quality on these")
+    parser.add_argument("--text_tokens", type=int, default=1024, help="of each text (default: 1024)")
+    parser.add_argument("--wait", action="store_true", help="load, then wait for a line on standard input")
+    parser.add_argument("--json", type=Path, help="write everything that was measured")
     options = parser.parse_args()
-    workers = [start(argument, options) for argument in options.engines]
-    for repetition in range(options.repeat + 1):
-        for worker in workers:
-            worker.ask()
-            if repetition == 0:  # warm-up
-                worker.rows.clear()
-    columns = [c for c in workers[0].rows[0] if all(c in worker.rows[0] for worker in workers)]
-    print(table(workers, columns))
-    result: dict[str, Any] = {worker.label: worker.rows for worker in workers}
-    print(json.dumps(result))
-    for worker in workers:
-        worker.process.stdin.close()  # type: ignore[union-attr]
-        worker.process.wait()
+    with contextlib.ExitStack() as stack:
+        workers = [stack.enter_context(started(argument, options)) for argument in options.engines]
+        if options.text:
+            measure_quality(workers, options)
+        if options.wait:
+            print("loaded; a line on standard input starts the measurement", file=sys.stderr, flush=True)
+            sys.stdin.readline()
+        if options.repeat:
+            measure_speed(workers, options)
+        print(table(workers))
+        if options.json:
+            options.json.write_text(json.dumps(report(workers, options), indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -16,7 +16,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_reference = not all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     no_mindspore = importlib.util.find_spec("mindspore") is None
     no_models = "LLM_BOOST_MODELS" not in os.environ
+    no_quality = "LLM_BOOST_QUALITY_MODEL" not in os.environ
     for item in items:
+        if no_quality and item.get_closest_marker("quality"):
+            item.add_marker(pytest.mark.skip(reason="`make quality` fetches its model and runs it"))
         if no_reference and item.get_closest_marker("reference"):
             item.add_marker(pytest.mark.skip(reason="needs the reference extra: torch and transformers"))
         if no_mindspore and item.get_closest_marker("mindspore"):

@@ -3,12 +3,14 @@
 from __future__ import annotations
 
 import json
+import threading
+import time
 from typing import Any
 
 import numpy as np
 import pytest
 import tritonclient.http as triton
-from live_service import Live
+from live_service import Live, Serve
 
 MODEL = "/v2/models/qwen2"
 GREEDY = {"do_sample": False, "max_new_tokens": 8}
@@ -37,14 +39,23 @@ def test_tritonclient(live: Live, tokens: list[int]) -> None:
     assert text == live.post("/generate", {"inputs": "hello", "parameters": GREEDY}).json()["generated_text"]
 
 
-def test_generate_and_its_stream(live: Live) -> None:
+def test_generate_and_its_stream(serve: Serve) -> None:
+    steps = threading.Semaphore(100)
+    live = serve(before_step=steps.acquire)
     body = {"id": "a1", "text_input": "hello", "parameters": {**GREEDY, "details": True}}
     whole = live.post(f"{MODEL}/generate", body).json()
     assert (whole["id"], whole["model_name"], whole["model_version"]) == ("a1", "qwen2", None)
     assert whole["details"]["generated_tokens"] == 8
-    raw = live.post(f"{MODEL}/generate_stream", body).text
-    assert raw.startswith("data:{")
-    parts = [json.loads(line.removeprefix("data:")) for line in raw.splitlines() if line]
+    while steps.acquire(blocking=False):
+        pass
+    steps.release()
+    with live.http.stream("POST", f"{MODEL}/generate_stream", json=body) as answer:
+        lines = (line for line in answer.iter_lines() if line)
+        raw = [next(lines)]
+        steps.release(100)  # a reader that is late would be given several tokens at once
+        raw += lines
+    assert raw[0].startswith("data:{")
+    parts = [json.loads(line.removeprefix("data:")) for line in raw]
     assert "".join(part["text_output"] for part in parts) == whole["text_output"]
     assert parts[0]["prefill_time"] > 0
     assert parts[0]["decode_time"] is None
@@ -93,7 +104,8 @@ def test_parameters_of_an_input_count_too(live: Live, tokens: list[int]) -> None
     assert answer.json()["id"] == "42"
 
 
-def test_stop_infer(live: Live) -> None:
+def test_stop_infer(serve: Serve) -> None:
+    live = serve(before_step=lambda: time.sleep(0.02))
     body = {"id": "stop-me", "text_input": "hello", "parameters": {"max_new_tokens": 500, "do_sample": False}}
     with live.http.stream("POST", f"{MODEL}/generate_stream", json=body) as answer:
         lines = answer.iter_lines()

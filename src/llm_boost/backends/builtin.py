@@ -26,7 +26,7 @@ class BuiltinBackend:
     """Many requests at a time, in a thread of its own."""
 
     name: ClassVar[str] = "BuildIn"
-    capabilities = Capabilities(logprobs=True)
+    capabilities = Capabilities(logprobs=True, structured_output=True)
 
     def __init__(self, llm: LLM) -> None:
         from llm_boost.engine.async_llm import AsyncLLM

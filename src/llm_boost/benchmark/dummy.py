@@ -32,9 +32,7 @@ def dummy_model(config: ModelConfig, dtype: str, cache_bytes: int) -> PackedMode
     Raises:
         ConfigError: it and a cache of `cache_bytes` do not fit into the memory that is free.
     """
-    tensors = {name: TensorInfo(name, shape, dtype) for name, shape in expected_tensors(config).items()}
-    shapes: Any = SimpleNamespace(tensors=tensors)  # as much of a checkpoint as planning looks at
-    planned = plan_entries(shapes, decoder.weights(config), dtype)
+    planned = _planned(config, dtype)
     needed, free = sum(entry.nbytes for entry in planned) + cache_bytes, available_memory()
     if needed > free:
         raise ConfigError(
@@ -42,6 +40,17 @@ def dummy_model(config: ModelConfig, dtype: str, cache_bytes: int) -> PackedMode
             f"allowed {free / 1e9:.1f} GB, the memory that is free; choose a smaller dtype, depth or batch"
         )
     return PackedModel(Path("dummy"), {entry.name: (_made(entry), entry.meta) for entry in planned}, True)
+
+
+def planned_bytes(config: ModelConfig, dtype: str) -> int:
+    """Of the packed weights of `config`."""
+    return sum(entry.nbytes for entry in _planned(config, dtype))
+
+
+def _planned(config: ModelConfig, dtype: str) -> list[PlannedEntry]:
+    tensors = {name: TensorInfo(name, shape, dtype) for name, shape in expected_tensors(config).items()}
+    shapes: Any = SimpleNamespace(tensors=tensors)  # as much of a checkpoint as planning looks at
+    return list(plan_entries(shapes, decoder.weights(config), dtype))
 
 
 def made_matrix(fmt: str, rows: int, cols: int) -> Bytes:

@@ -2,31 +2,24 @@
 
 from __future__ import annotations
 
-import math
 import statistics
 import time
 from collections.abc import Sequence
-from dataclasses import dataclass, field
-from pathlib import Path
+from dataclasses import dataclass
 
 import numpy as np
 
-from llm_boost.benchmark.dummy import dummy_model
-from llm_boost.checkpoint import open_checkpoint
-from llm_boost.checkpoint.fields import read_json_object
-from llm_boost.engine.batch import Batch
-from llm_boost.engine.hardware import default_threads
-from llm_boost.engine.native_runner import (
-    DEFAULT_BLOCK_SIZE,
-    NativeRunner,
-    Progress,
-    cache_block_bytes,
-    choose_isa,
-)
+from llm_boost.benchmark.dummy import planned_bytes
+from llm_boost.benchmark.subject import MADE_DTYPE, Room, Subject
+from llm_boost.engine.batch import Batch, Int32Array
+from llm_boost.engine.hardware import available_memory
+from llm_boost.engine.native_runner import DEFAULT_BLOCK_SIZE, NativeRunner, Progress, cache_block_bytes
 from llm_boost.errors import ConfigError
-from llm_boost.models.config import ModelConfig, expected_tensors
+from llm_boost.models.config import ModelConfig
 
 CHUNK = 512  # tokens of a prefill step, as in serving
+MEMORY_SHARE = 0.9  # of what is free, for weights and caches
+WARM_UP_SECONDS = 3.0  # a longer warm-up warms nothing more
 
 
 @dataclass(frozen=True)
@@ -39,6 +32,11 @@ class Case:
     batch: int
 
     @property
+    def blocks(self) -> int:
+        """Of the cache, each sequence having its own."""
+        return self.batch * -(-(self.depth + self.tokens) // DEFAULT_BLOCK_SIZE)
+
+    @property
     def name(self) -> str:
         """As llama-bench writes it: `tg64 @ d1024`; more than one sequence adds its number: `x16`."""
         return (
@@ -46,31 +44,6 @@ class Case:
             + (f" x{self.batch}" if self.batch > 1 else "")
             + (f" @ d{self.depth}" if self.depth else "")
         )
-
-
-@dataclass
-class Subject:
-    """A model at one dtype, loaded."""
-
-    runner: NativeRunner
-    load_seconds: float | None  # with a warm packed cache; None for made weights
-    filled: dict[int, int] = field(default_factory=dict)  # sequence -> tokens whose keys and values are there
-
-    @property
-    def parameters(self) -> int:
-        return sum(math.prod(shape) for shape in expected_tensors(self.runner.config).values())
-
-    @property
-    def prefill_operations(self) -> int:
-        """Of one token: 2 for each element of the layers' matrices (the head sees the last token only)."""
-        shapes = expected_tensors(self.runner.config)
-        return 2 * sum(math.prod(s) for name, s in shapes.items() if ".layers." in name and len(s) == 2)
-
-    def step_bytes(self, case: Case) -> float:
-        """Read by a decode step: every weight but the embedding table, and the cache at its mean length."""
-        token_bytes = cache_block_bytes(self.runner.config, self.runner.dtype, 1)
-        context = case.depth + (case.tokens + 1) / 2
-        return self.runner.weight_bytes - self.runner.embedding_bytes + case.batch * context * token_bytes
 
 
 @dataclass(frozen=True)
@@ -86,122 +59,167 @@ class Result:
         return [self.case.batch * self.case.tokens / s for s in self.seconds]
 
     @property
-    def rate(self) -> float:
-        """Bytes a second for decode, operations a second for prefill."""
-        if self.case.kind == "tg":
-            return self.subject.step_bytes(self.case) * self.case.tokens / statistics.mean(self.seconds)
-        operations = self.subject.prefill_operations * self.case.tokens
+    def bytes_per_second(self) -> float:
+        """Weights and cached keys and values that were read; each chunk of a prompt reads the layers once."""
+        case, subject = self.case, self.subject
+        if case.kind == "tg":
+            mean_context = case.depth + (case.tokens + 1) / 2
+            step = subject.layer_bytes + subject.head_bytes + case.batch * mean_context * subject.token_bytes
+            return step * case.tokens / statistics.mean(self.seconds)
+        ends = [stop for _, stop in _chunks(case.depth, case.depth + case.tokens)]
+        read = len(ends) * subject.layer_bytes + subject.head_bytes + sum(ends) * subject.token_bytes
+        return read / statistics.mean(self.seconds)
+
+    @property
+    def operations_per_second(self) -> float:
+        """Of the matrices: in the layers for every token, in the head for those whose logits are wanted."""
+        case, subject = self.case, self.subject
+        if case.kind == "tg":
+            operations = (subject.layer_operations + subject.head_operations) * case.batch * case.tokens
+        else:
+            operations = subject.layer_operations * case.tokens + subject.head_operations
         return operations / statistics.mean(self.seconds)
 
 
 def make_cases(
-    pp: Sequence[int], tg: Sequence[int], depths: Sequence[int], batches: Sequence[int]
+    pp: Sequence[int],
+    pp_depths: Sequence[int],
+    tg: Sequence[int],
+    depths: Sequence[int],
+    batches: Sequence[int],
 ) -> list[Case]:
-    """Shallow before deep, so that what one case leaves in the cache serves the next."""
-    return [
-        case
-        for depth in sorted(depths)
-        for case in (
-            *(Case("pp", n, depth, 1) for n in pp),
-            *(Case("tg", n, depth, batch) for n in tg for batch in batches),
-        )
-    ]
-
-
-def load_subject(
-    path: Path,
-    cases: Sequence[Case],
-    *,
-    dtype: str,
-    dummy: bool,
-    threads: int | None,
-    cache_dir: Path,
-    progress: Progress | None = None,
-) -> Subject:
-    """Loads `path` (with `dummy` its config.json alone) with a cache that just holds the cases.
-
-    Raises:
-        CheckpointError: the model cannot be read. ConfigError: a case is longer than the model or the memory.
-    """
-    if dummy:
-        return Subject(_make(path, cases, dtype, threads), None)
-
-    def load() -> NativeRunner:
-        checkpoint = open_checkpoint(path)
-        source = path / "config.json" if path.is_dir() else path
-        config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
-        room = _room(cases, config)
-        return NativeRunner.load(
-            checkpoint, config, dtype=dtype, threads=threads, cache_dir=cache_dir, progress=progress, **room
-        )
-
-    load()  # packs the weights if the cache lacks them
-    start = time.perf_counter()
-    return Subject(load(), time.perf_counter() - start)
-
-
-def _make(path: Path, cases: Sequence[Case], dtype: str, threads: int | None) -> NativeRunner:
-    if not path.is_dir():
-        raise ConfigError(f"load_format: got dummy with {path}, allowed a directory with a config.json")
-    source = path / "config.json"
-    config = ModelConfig.from_hf(read_json_object(source), str(source))
-    room, dtype = _room(cases, config), "bfloat16" if dtype == "auto" else dtype
-    cache_bytes = room["num_blocks"] * cache_block_bytes(config, dtype, DEFAULT_BLOCK_SIZE)
-    return NativeRunner(
-        config,
-        dummy_model(config, dtype, cache_bytes),
-        dtype=dtype,
-        threads=threads or default_threads(),
-        isa=choose_isa(),
-        **room,
+    """Prefill first, then decode; what fills the cache least comes first, as time may not do for all."""
+    prefill = [Case("pp", tokens, depth, 1) for depth in pp_depths for tokens in pp]
+    decode = [Case("tg", tokens, depth, batch) for tokens in tg for depth in depths for batch in batches]
+    return sorted(prefill, key=lambda case: case.depth) + sorted(
+        decode, key=lambda case: (case.depth * case.batch, case.depth, case.batch)
     )
 
 
-def _room(cases: Sequence[Case], config: ModelConfig) -> dict[str, int]:
+def fitting_cases(
+    cases: Sequence[Case], config: ModelConfig, dtypes: Sequence[str]
+) -> tuple[list[Case], dict[Case, str]]:
+    """The cases that model and memory have room for, and why the others have to be left out.
+
+    Raises:
+        ConfigError: none of them fits.
+    """
+    names = [MADE_DTYPE if dtype == "auto" else dtype for dtype in dtypes]
+    weights = sum(planned_bytes(config, name) for name in names)
+    memory = int(MEMORY_SHARE * available_memory()) - weights
+    block = sum(cache_block_bytes(config, name, DEFAULT_BLOCK_SIZE) for name in names)
+    reasons = {}
+    for case in cases:
+        length, cache = case.depth + case.tokens, block * case.blocks
+        if length > config.max_model_len:
+            reasons[case] = f"{length} tokens, and the model was made for {config.max_model_len}"
+        elif cache > memory:
+            reasons[case] = f"its cache takes {cache / 1e9:.1f} GB, {max(memory, 0) / 1e9:.1f} GB are free"
+    fitting = [case for case in cases if case not in reasons]
+    if not fitting:
+        raise ConfigError(f"no test fits; {cases[0].name}: {reasons[cases[0]]}")
+    return fitting, reasons
+
+
+def room_for(cases: Sequence[Case]) -> Room:
     """A runner's sizes, such that each case just fits."""
-    length = max(case.depth + case.tokens for case in cases)
-    if length > config.max_model_len:
-        raise ConfigError(
-            f"depth: the longest test takes {length} tokens, allowed at most {config.max_model_len}, "
-            "the length that the model was made for"
-        )
-    sequences = max(case.batch for case in cases)
     return {
-        "max_model_len": length,
+        "max_model_len": max(case.depth + case.tokens for case in cases),
         "block_size": DEFAULT_BLOCK_SIZE,
-        "num_blocks": sequences * _blocks(length),
-        "max_num_batched_tokens": max(CHUNK, sequences),
+        "num_blocks": max(case.blocks for case in cases),
+        "max_num_batched_tokens": max(CHUNK, *(case.batch for case in cases)),
     }
 
 
+@dataclass
+class _Bench:
+    """A subject at work: what its cache holds, and what was learnt of its pace."""
+
+    subject: Subject
+    filled: int = 0  # blocks, from the first on, whose keys and values are there
+    prefill_seconds: float = 0.0  # of a token; 0 until one has run
+    step_seconds: float = 0.0  # of decode, of one sequence
+
+    def fill(self, case: Case) -> None:
+        """Real keys and values below the case's depth: memory that was never written would be read for free.
+
+        Each block is filled as a short prompt of its own: what its tokens attended to changes no speed.
+        """
+        end = case.blocks if case.depth else 0
+        for start in range(self.filled, end, CHUNK // DEFAULT_BLOCK_SIZE):
+            blocks = np.arange(start, min(start + CHUNK // DEFAULT_BLOCK_SIZE, end), dtype=np.int32)
+            step = _step(self.subject.runner, blocks[:, None], 0, DEFAULT_BLOCK_SIZE)
+            self.prefill_seconds = _run(self.subject.runner, [step]) / len(step.token_ids)
+        self.filled = max(self.filled, end)
+
+    def warm_up(self, steps: Sequence[Batch]) -> None:
+        end = time.perf_counter() + WARM_UP_SECONDS
+        for step in steps:
+            self.subject.runner.run(step)
+            if time.perf_counter() > end:
+                break
+
+    def run(self, case: Case, steps: Sequence[Batch]) -> float:
+        seconds = _run(self.subject.runner, steps)
+        if case.kind == "pp":
+            self.prefill_seconds = seconds / case.tokens
+        elif case.batch == 1:
+            self.step_seconds = seconds / case.tokens
+        return seconds
+
+    def estimate(self, case: Case, repetitions: int) -> float:
+        """Seconds that a case will take; too few while nothing like it has run."""
+        unfilled = max(0, case.blocks - self.filled) if case.depth else 0
+        fill = unfilled * DEFAULT_BLOCK_SIZE * self.prefill_seconds
+        step = max(self.step_seconds, case.batch * self.prefill_seconds)
+        once = case.tokens * (self.prefill_seconds if case.kind == "pp" else step)
+        return fill + min(once, WARM_UP_SECONDS) + repetitions * once
+
+
 def measure(
-    subjects: Sequence[Subject], cases: Sequence[Case], repetitions: int, progress: Progress | None = None
-) -> list[Result]:
+    subjects: Sequence[Subject],
+    cases: Sequence[Case],
+    repetitions: int,
+    *,
+    seconds: float = float("inf"),
+    progress: Progress | None = None,
+) -> tuple[list[Result], dict[Case, float]]:
     """Each case on every subject: a warm-up, then the repetitions, subject by subject in turn.
 
-    A machine drifts, and a drift that meets all subjects alike does not change their order.
+    A machine drifts, and a drift that meets all subjects alike does not change their order. Cases that would
+    end after `seconds` are left out; they are the second value, with the seconds that each might take.
     """
-    results = []
+    start = time.perf_counter()
+    benches = [_Bench(subject) for subject in subjects]
+    results: list[Result] = []
+    left_out: dict[Case, float] = {}
     for done, case in enumerate(cases):
-        batches = [_batches(case, subject.runner) for subject in subjects]
-        for subject, steps in zip(subjects, batches, strict=True):
-            _fill(subject, case)
-            _run(subject.runner, steps)
-        seconds = [
-            [_run(subject.runner, steps) for subject, steps in zip(subjects, batches, strict=True)]
-            for _ in range(repetitions)
-        ]
-        results += [
-            Result(case, subject, list(times))
-            for subject, times in zip(subjects, zip(*seconds, strict=True), strict=True)
-        ]
+        expected = sum(bench.estimate(case, repetitions) for bench in benches)
+        if time.perf_counter() - start + expected > seconds:
+            left_out[case] = expected
+        else:
+            results += _measure_case(benches, case, repetitions)
         if progress:
             progress(done + 1, len(cases))
-    return results
+    return results, left_out
 
 
-def _blocks(tokens: int) -> int:
-    return -(-tokens // DEFAULT_BLOCK_SIZE)
+def _measure_case(benches: Sequence[_Bench], case: Case, repetitions: int) -> list[Result]:
+    steps = [_batches(case, bench.subject.runner) for bench in benches]
+    for bench, its in zip(benches, steps, strict=True):
+        bench.fill(case)
+        bench.warm_up(its)
+    seconds = [
+        [bench.run(case, its) for bench, its in zip(benches, steps, strict=True)] for _ in range(repetitions)
+    ]
+    return [
+        Result(case, bench.subject, list(times))
+        for bench, times in zip(benches, zip(*seconds, strict=True), strict=True)
+    ]
+
+
+def _chunks(start: int, stop: int) -> list[tuple[int, int]]:
+    return [(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK)]
 
 
 def _run(runner: NativeRunner, steps: Sequence[Batch]) -> float:
@@ -212,34 +230,24 @@ def _run(runner: NativeRunner, steps: Sequence[Batch]) -> float:
 
 
 def _batches(case: Case, runner: NativeRunner) -> list[Batch]:
+    tables = np.arange(case.blocks, dtype=np.int32).reshape(case.batch, -1)
     if case.kind == "tg":
-        sequences = range(case.batch)
-        return [_step(runner, sequences, case.depth + i, 1, logits=True) for i in range(case.tokens)]
-    return _prefill(runner, 0, case.depth, case.depth + case.tokens)
+        return [_step(runner, tables, case.depth + i, 1, logits=True) for i in range(case.tokens)]
+    end = case.depth + case.tokens
+    return [_step(runner, tables, i, j - i, logits=j == end) for i, j in _chunks(case.depth, end)]
 
 
-def _fill(subject: Subject, case: Case) -> None:
-    """Real keys and values below the case's depth: memory that was never written would be read for free."""
-    for sequence in range(case.batch):
-        _run(subject.runner, _prefill(subject.runner, sequence, subject.filled.get(sequence, 0), case.depth))
-        subject.filled[sequence] = max(case.depth, subject.filled.get(sequence, 0))
-
-
-def _prefill(runner: NativeRunner, sequence: int, start: int, stop: int) -> list[Batch]:
-    chunks = [(i, min(i + CHUNK, stop)) for i in range(start, stop, CHUNK)]
-    return [_step(runner, [sequence], i, j - i, logits=j == stop) for i, j in chunks]
-
-
-def _step(runner: NativeRunner, sequences: Sequence[int], start: int, count: int, *, logits: bool) -> Batch:
-    """`count` random tokens for each sequence, after the `start` that it has."""
-    n = len(sequences)
+def _step(
+    runner: NativeRunner, block_tables: Int32Array, start: int, count: int, *, logits: bool = False
+) -> Batch:
+    """`count` random tokens for each of the sequences in `block_tables`, after the `start` that it has."""
+    n = len(block_tables)
     ends = np.arange(1, n + 1, dtype=np.int32) * count
-    blocks = _blocks(runner.max_model_len)  # each sequence has its own
     return Batch(
         token_ids=np.random.default_rng(start).integers(0, runner.vocab_size, n * count, np.int32),
         seq_starts=np.concatenate([[0], ends]).astype(np.int32),
         context_lens=np.full(n, start + count, np.int32),
         prompt_lens=np.full(n, start + count, np.int32),
-        block_tables=np.stack([np.arange(s * blocks, (s + 1) * blocks, dtype=np.int32) for s in sequences]),
+        block_tables=block_tables,
         logit_rows=(ends - 1 if logits else ends[:0]).astype(np.int32),
     )

@@ -15,8 +15,11 @@ from llm_boost.cli.progress import ProgressBar
 from llm_boost.errors import RequestError
 
 if TYPE_CHECKING:
+    from collections.abc import Sequence
+
     from llm_boost.evaluation import Protocol, Quality
 
+QUALITY_CONTEXT = 512  # tokens of a window where nobody chooses
 _EXAMPLES = """\b
 Examples:
   llm-boost eval --model DIR --file wiki.test.txt
@@ -35,7 +38,7 @@ Examples:
 @click.option(
     "--context",
     type=click.IntRange(min=1),
-    default=512,
+    default=QUALITY_CONTEXT,
     show_default=True,
     metavar="N",
     help="Tokens of a window.",
@@ -59,7 +62,7 @@ def eval_command(
     from llm_boost.config.run_config import check_dtype, resolve
     from llm_boost.evaluation import Protocol, evaluate
 
-    text = _read_text(text_file)
+    text = read_text(text_file)
     flags["seq_length"] = context
     resolved = resolve(flags)
     if reference_dtype is not None:
@@ -84,7 +87,28 @@ def eval_command(
     click.echo(json.dumps(report) if as_json else _lines(report))
 
 
-def _read_text(name: str) -> str:
+def qualities_of(
+    flags: dict[str, Any], dtypes: Sequence[str], reference_dtype: str, text: str, max_tokens: int
+) -> dict[str, Quality]:
+    """The model of `flags` at each dtype beside the reference, on the first tokens of a text."""
+    from llm_boost.config.run_config import resolve
+    from llm_boost.evaluation import Protocol, evaluate
+
+    flags = {**flags, "seq_length": QUALITY_CONTEXT}
+    reference = build_llm(resolve({**flags, "dtype": reference_dtype}))
+    token_ids, bos = _tokens(reference.tokenizer, text)
+    protocol = Protocol(QUALITY_CONTEXT, QUALITY_CONTEXT - (bos is not None), bos)
+    found = {}
+    for dtype in dtypes:
+        with ProgressBar(f"evaluating {dtype}", unit="windows") as progress:
+            runner = build_llm(resolve({**flags, "dtype": dtype})).engine.runner
+            found[dtype] = evaluate(
+                runner, token_ids[:max_tokens], protocol, reference.engine.runner, progress
+            )
+    return found
+
+
+def read_text(name: str) -> str:
     try:
         return Path(name).expanduser().read_text("utf-8")
     except OSError as error:

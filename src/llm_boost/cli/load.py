@@ -14,10 +14,11 @@ if TYPE_CHECKING:
 __all__ = ["build_llm", "naming_origins"]
 
 
-def build_llm(resolved: Resolved) -> LLM:
+def build_llm(resolved: Resolved, **engine_options: int) -> LLM:
     """Loads the model that the configuration names; raises CheckpointError or ConfigError.
 
+    `engine_options` are arguments of LLM that a configuration does not have, such as max_num_seqs.
     What the user should know of the choice of a tokenizer is added to `resolved.notes`.
     """
     with ProgressBar("packing weights") as progress:
-        return load_llm(resolved, progress)
+        return load_llm(resolved, progress, **engine_options)

@@ -28,7 +28,7 @@ _VERBS = {  # verb: (module with a click command of the verb's name and suffix _
     "quantize": ("llm_boost.cli.quantize", "A model in int4 or int8, calibrated on a text."),
     "inspect": ("llm_boost.cli.inspect", "What a checkpoint is; whether two hold the same."),
     "eval": ("llm_boost.cli.eval", "Perplexity of a text, and KL divergence from a reference dtype."),
-    "bench": ("llm_boost.cli.bench", "Speed of a model or of the kernels, beside the machine's limits."),
+    "bench": ("llm_boost.cli.bench", "Speed of a model, of many prompts, or of the kernels."),
     "doctor": ("llm_boost.cli.doctor", "What this machine can do, and what that means for speed."),
 }
 _EPILOG = """\b

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from typing import Any, TypeVar
 
 import click
@@ -29,28 +29,38 @@ class _BoolText(click.ParamType[bool]):
 BOOL_TEXT = _BoolText()
 
 
+_MODEL = click.option(
+    "--model", metavar="DIR|GGUF|NAME", help="Model: a directory, a .gguf file, or a pulled name."
+)
+_DTYPE = click.option(
+    "--dtype", metavar="TYPE", help="float32 (fp32), bfloat16 (bf16), int8, int4, or auto (the default)."
+)
+_DTYPES = click.option(
+    "--dtype",
+    "dtypes",
+    metavar="TYPE,...",
+    multiple=True,
+    help="float32 (fp32), bfloat16 (bf16), int8, int4, or auto (the default); several take turns.",
+)
+_THREADS = click.option("--threads", type=int, metavar="N", help="Threads (default: the processor's cores).")
+_CACHE_DIR = click.option(
+    "--cache_dir", metavar="DIR", help="Packed and pulled models (default: ~/.cache/llm-boost)."
+)
+
+
 def model_options(function: F) -> F:
     """Flags of every verb that loads a model."""
-    for decorate in reversed(
-        [
-            click.option(
-                "--model", metavar="DIR|GGUF|NAME", help="Model: a directory, a .gguf file, or a pulled name."
-            ),
-            click.option(
-                "--dtype",
-                metavar="TYPE",
-                help="float32 (fp32), bfloat16 (bf16), int8, int4, or auto (the default).",
-            ),
-            click.option(
-                "--threads", type=int, metavar="N", help="Threads (default: the processor's cores)."
-            ),
-            click.option(
-                "--cache_dir", metavar="DIR", help="Packed and pulled models (default: ~/.cache/llm-boost)."
-            ),
-        ]
-    ):
-        function = decorate(function)
-    return function
+    return _MODEL(_DTYPE(_THREADS(_CACHE_DIR(function))))
+
+
+def models_options(function: F) -> F:
+    """Flags of a verb that compares a model's dtypes; split_dtypes reads `dtypes`."""
+    return _MODEL(_DTYPES(_THREADS(_CACHE_DIR(function))))
+
+
+def split_dtypes(dtypes: Sequence[str]) -> list[str | None]:
+    """`--dtype int8,int4`, or the flag repeated: each once, in order; [None] where nobody said."""
+    return list(dict.fromkeys(name for given in dtypes for name in given.split(","))) or [None]
 
 
 def cache_options(function: F) -> F:

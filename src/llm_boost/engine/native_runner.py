@@ -50,6 +50,7 @@ class NativeRunner:
     ) -> None:
         self.dtype = dtype
         self.config = config
+        self.packed = packed
         self.max_model_len = max_model_len
         self.block_size = block_size
         self.num_blocks = num_blocks

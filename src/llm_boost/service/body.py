@@ -6,7 +6,7 @@ from collections.abc import Iterator, Mapping
 from typing import Any, TypeVar, get_args
 
 import anyio
-from pydantic import BaseModel, ValidationError
+from pydantic import BaseModel, ConfigDict, ValidationError
 from pydantic_core import from_json
 from starlette.requests import Request
 
@@ -64,6 +64,12 @@ def _deeper_than(value: Any, depth: int) -> bool:
         if not level:
             return False
     return True
+
+
+class Body(BaseModel):
+    """A request: types are strict, except that an integer will do for a number; null is absent."""
+
+    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
 
 
 class Says:

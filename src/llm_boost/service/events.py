@@ -3,15 +3,15 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator
 from typing import Any
 
-import anyio
+from pydantic_core import to_json
 from starlette.responses import Response
 from starlette.types import Receive, Scope, Send
 
 from llm_boost.service.http_protocol import ABORT
+from llm_boost.service.idle_timeout import IdleTimeout
 
 SSE = "text/event-stream"
 STREAMS = ("application/json", SSE)  # as the request chooses
@@ -42,24 +42,22 @@ class EventStream(Response):
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         async with contextlib.aclosing(self._rest):
             try:
-                await self._write(
-                    send, {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
-                )
-                await self._write(send, _body(self._first))
-                async for event in self._rest:
-                    await self._write(send, _body(event))
-                await self._write(send, {"type": "http.response.body", "body": b"", "more_body": False})
+                with IdleTimeout(self._write_timeout) as reading:
+                    await reading.wait(send(self._start()))
+                    await reading.wait(send(_body(self._first)))
+                    async for event in self._rest:
+                        await reading.wait(send(_body(event)))
+                    await reading.wait(send({"type": "http.response.body", "body": b"", "more_body": False}))
             except TimeoutError:  # what it has not read yet is bounded by the transport's buffer
                 scope["extensions"][ABORT]["abort"]()
 
-    async def _write(self, send: Send, message: dict[str, object]) -> None:
-        with anyio.fail_after(self._write_timeout):
-            await send(message)
+    def _start(self) -> dict[str, object]:
+        return {"type": "http.response.start", "status": 200, "headers": self.raw_headers}
 
 
 def sse_event(value: Any) -> bytes:
     """A JSON value as one server-sent event."""
-    return b"data: " + json.dumps(value, ensure_ascii=False, separators=(",", ":")).encode() + b"\n\n"
+    return b"data: " + to_json(value) + b"\n\n"
 
 
 def _body(event: bytes) -> dict[str, object]:

@@ -7,9 +7,8 @@ from typing import Annotated, Any
 
 from pydantic import Field
 
-from llm_boost.service.body import Says
+from llm_boost.service.body import Body, Says
 from llm_boost.service.faults import invalid
-from llm_boost.service.openai_models import Body
 
 DEFAULT_NEW_TOKENS = 20
 FLT_MAX = 3.4028234663852886e38

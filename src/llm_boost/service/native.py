@@ -10,11 +10,12 @@ from pydantic import Field
 from starlette.responses import JSONResponse, Response
 
 from llm_boost.engine.outputs import RequestOutput
+from llm_boost.service.body import Body
 from llm_boost.service.choices import Follower
 from llm_boost.service.endpoint import Call, Endpoint
 from llm_boost.service.events import STREAMS, EventStream, sse_event
 from llm_boost.service.faults import Fault, invalid
-from llm_boost.service.openai_models import Body, TokenIds
+from llm_boost.service.openai_models import TokenIds
 from llm_boost.service.service import Ask
 from llm_boost.service.tgi_shapes import finish_reason
 from llm_boost.service.triton import QueueParameters, StepClock

@@ -2,11 +2,15 @@
 
 from __future__ import annotations
 
+import contextlib
+import json
 from typing import Annotated, Any, Literal
 
-from pydantic import BaseModel, ConfigDict, Field
+from pydantic import Field
 
-from llm_boost.service.body import Says
+from llm_boost.service.body import Body, Says
+from llm_boost.service.faults import invalid
+from llm_boost.service.tools import ToolChoice, Tools
 
 Model = Annotated[str, Field(max_length=256)]
 Temperature = Annotated[
@@ -40,15 +44,28 @@ LogitBias = Annotated[dict[str, Annotated[float, Field(ge=-100, le=100)]], Field
 Priority = Annotated[int, Field(ge=-(2**31) + 1, le=2**31 - 1)]
 
 
-class Body(BaseModel):
-    """A request: types are strict, except that an integer will do for a number; null is absent."""
-
-    model_config = ConfigDict(strict=True, extra="ignore", protected_namespaces=())
+# Between the parts of JSON: enough for a space or an indented line, not for a model that goes on for ever.
+WHITESPACE = r"\n? {0,8}"
 
 
 class StreamOptions(Body):
     include_usage: bool | None = None
     continuous_usage_stats: bool | None = None
+
+
+class JsonSchema(Body):
+    name: Annotated[str, Field(min_length=1, max_length=64)] | None = None
+    description: str | None = None
+    schema_: Annotated[dict[str, Any], Field(alias="schema")]
+    strict: bool | None = None
+
+
+class ResponseFormat(Body):
+    type: Annotated[
+        Literal["text", "json_object", "json_schema"],
+        Says("Parameter response_format type must be text, json_object or json_schema, got {}."),
+    ]
+    json_schema: JsonSchema | None = None
 
 
 class SamplingBody(Body):
@@ -77,6 +94,21 @@ class SamplingBody(Body):
     priority: Priority | None = None
     timeout: Annotated[float, Field(gt=0, le=65535)] | None = None
     user: str | None = None
+    response_format: ResponseFormat | None = None
+    structured_outputs: Annotated[dict[str, Any], Field(max_length=16)] | None = None
+
+    def structure(self) -> dict[str, Any] | None:
+        """What the text must look like, in the names of StructuredOutputsParams."""
+        wanted = self.response_format
+        if wanted is None or wanted.type == "text":
+            return self.structured_outputs
+        if self.structured_outputs is not None:
+            raise invalid("response_format and structured_outputs: give one of them.", "response_format")
+        if wanted.type == "json_object":
+            return {"json_object": True, "whitespace_pattern": WHITESPACE}
+        if wanted.json_schema is None:
+            raise invalid("Parameter response_format: json_schema is missing.", "response_format.json_schema")
+        return {"json": wanted.json_schema.schema_, "whitespace_pattern": WHITESPACE}
 
     def sampling(self) -> dict[str, Any]:
         """In SamplingParams' names."""
@@ -98,6 +130,7 @@ class SamplingBody(Body):
             "ignore_eos": self.ignore_eos,
             "skip_special_tokens": self.skip_special_tokens,
             "include_stop_str_in_output": self.include_stop_str_in_output,
+            "structured_outputs": self.structure(),
         }
 
 
@@ -129,6 +162,13 @@ class ToolCall(Body):
     type: Literal["function"] = "function"
     function: FunctionCall
 
+    def for_template(self) -> dict[str, Any]:
+        """Templates write the arguments as JSON themselves."""
+        call: dict[str, Any] = self.model_dump(exclude_none=True)
+        with contextlib.suppress(ValueError, RecursionError):  # what is no JSON stays text
+            call["function"]["arguments"] = json.loads(self.function.arguments)
+        return call
+
 
 class ContentPart(Body):
     type: Literal["text"]
@@ -159,7 +199,7 @@ class ChatMessage(Body):
             if getattr(self, name) is not None:
                 message[name] = getattr(self, name)
         if self.tool_calls:
-            message["tool_calls"] = [call.model_dump(exclude_none=True) for call in self.tool_calls]
+            message["tool_calls"] = [call.for_template() for call in self.tool_calls]
         return message
 
 
@@ -171,5 +211,8 @@ class ChatRequest(SamplingBody):
         Annotated[int, Field(ge=0, le=20), Says("Parameter top logprobs must be in [0, 20], got {}.")] | None
     ) = None
     chat_template_kwargs: Annotated[dict[str, Any], Field(max_length=64)] | None = None
+    tools: Tools | None = None
+    tool_choice: ToolChoice | None = None
+    parallel_tool_calls: bool | None = None
     chat_template: str | None = None  # refused: nothing from a request is run
     add_generation_prompt: bool | None = None

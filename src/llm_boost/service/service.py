@@ -18,10 +18,13 @@ from llm_boost.config.service_config import ServiceConfig
 from llm_boost.engine.outputs import RequestOutput
 from llm_boost.engine.prompts import TokensPrompt
 from llm_boost.engine.sampling_params import SamplingParams
+from llm_boost.engine.structured_outputs import StructuredOutputsParams
 from llm_boost.errors import EngineError, LLMBoostError, RequestError
 from llm_boost.service.admission import Admission
 from llm_boost.service.faults import Fault, invalid
+from llm_boost.service.idle_timeout import IdleTimeout
 from llm_boost.service.metrics import Metrics
+from llm_boost.suggest import did_you_mean
 
 
 class Phase(enum.Enum):
@@ -119,10 +122,20 @@ class Service:
                 "config.json of mindie-service.",
                 "n",
             )
+        given = {name: value for name, value in given.items() if value is not None}
+        self._check_capabilities(given)
+        if "structured_outputs" in given:
+            given["structured_outputs"] = structured_outputs(given["structured_outputs"])
         own = self.backend.default_sampling_params()
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         defaults = {name: getattr(own, name) for name in names}
-        return SamplingParams(**{**defaults, **{k: v for k, v in given.items() if v is not None}})
+        return SamplingParams(**{**defaults, **given})
+
+    def _check_capabilities(self, given: Mapping[str, Any]) -> None:
+        can, name = self.backend.capabilities, self.backend.name
+        for parameter, able in (("logprobs", can.logprobs), ("structured_outputs", can.structured_output)):
+            if parameter in given and not able:
+                raise invalid(f"{parameter}: the engine {name} does not have them.", parameter)
 
     async def generate(self, ask: Ask) -> AsyncGenerator[RequestOutput, None]:
         """Outputs as they grow when the request streams, else the last one alone.
@@ -163,18 +176,17 @@ class Service:
         self, outputs: AsyncGenerator[RequestOutput, None], ask: Ask, start: float
     ) -> AsyncGenerator[RequestOutput, None]:
         """The outputs; a Fault when a token or the whole takes too long, or the engine fails."""
-        by_token = self.config.limits.token_timeout
-        while True:
-            try:
-                with _as_faults(), anyio.fail_after(by_token):
-                    output = await anext(outputs)
-            except StopAsyncIteration:
-                return
-            except TimeoutError:
-                raise _timeout("server tokenTimeout") from None
-            if any(completion.finish_reason == "timeout" for completion in output.outputs):
-                raise _timeout(self._seconds(ask)[1])
-            yield output
+        with _as_faults(), IdleTimeout(self.config.limits.token_timeout) as per_token:
+            while True:
+                try:
+                    output = await per_token.wait(anext(outputs))
+                except StopAsyncIteration:
+                    return
+                except TimeoutError:
+                    raise _timeout("server tokenTimeout") from None
+                if any(completion.finish_reason == "timeout" for completion in output.outputs):
+                    raise _timeout(self._seconds(ask)[1])
+                yield output
 
     @contextlib.asynccontextmanager
     async def _in_time(self, ask: Ask, start: float, place: Any) -> AsyncGenerator[None, None]:
@@ -265,6 +277,18 @@ class Service:
             chat: Any = self.backend.chat_prompt(prompt, **ask.template_options)  # type: ignore[arg-type]
             return {"prompt": chat["prompt"], "prompt_token_ids": chat["prompt_token_ids"]}
         return {"prompt_token_ids": list(prompt)}  # type: ignore[arg-type]
+
+
+def structured_outputs(given: Mapping[str, Any]) -> StructuredOutputsParams:
+    """A request's rule for its text; RequestError for a name or a value that is none."""
+    names = StructuredOutputsParams.__dataclass_fields__
+    for name in given:
+        if name not in names:
+            raise RequestError(
+                f"structured_outputs.{name[:80]}: no such rule{did_you_mean(name, names)}; "
+                f"allowed: {', '.join(names)}"
+            )
+    return StructuredOutputsParams(**given)
 
 
 @contextlib.contextmanager

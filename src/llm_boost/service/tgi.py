@@ -112,6 +112,7 @@ def _ask(call: Call, *, stream: bool) -> Ask:
         )
     sampling = given.sampling(_STRICT_NEW_TOKENS if strict else DEFAULT_NEW_TOKENS)
     sampling |= {"stop": given.stop, "frequency_penalty": given.frequency_penalty}
+    sampling["structured_outputs"] = None if given.grammar is None else given.grammar.structure()
     if strict and (stream or given.details or given.decoder_input_details or given.top_n_tokens):
         sampling["logprobs"] = given.top_n_tokens or 0
     return Ask(body.inputs, sampling, stream=stream, request_id=call.request_id, keep_last=given.truncate)

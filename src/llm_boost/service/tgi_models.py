@@ -2,14 +2,14 @@
 
 from __future__ import annotations
 
-from typing import Annotated, Any
+from typing import Annotated, Any, Literal
 
 from pydantic import Field
 
-from llm_boost.service.body import Says, as_model
+from llm_boost.service.body import Body, Says, as_model
 from llm_boost.service.faults import invalid
 from llm_boost.service.mindie_models import GenerationParameters, Inputs
-from llm_boost.service.openai_models import Body, StopStrings
+from llm_boost.service.openai_models import StopStrings
 from llm_boost.service.vllm_api import VllmRequest
 
 _STOP_SAYS = (
@@ -18,11 +18,28 @@ _STOP_SAYS = (
 )
 
 
+class Grammar(Body):
+    """TGI's rule for the text: a JSON schema (as object or text), or a regular expression."""
+
+    type: Literal["json", "regex", "json_schema"]
+    value: str | dict[str, Any]
+
+    def structure(self) -> dict[str, Any]:
+        """In the names of StructuredOutputsParams."""
+        if self.type == "regex":
+            return {"regex": self.value}
+        value: Any = self.value
+        if self.type == "json_schema" and isinstance(value, dict):
+            value = value.get("schema", value)
+        return {"json": value}
+
+
 class TgiParameters(GenerationParameters):
     adapter_id: Annotated[str, Field(pattern=r"^[a-zA-Z0-9_./-]{1,256}$")] | None = None
     best_of: Annotated[int, Field(ge=1, le=128)] | None = None
     decoder_input_details: bool | None = None
     frequency_penalty: Annotated[float, Field(ge=-2, le=2)] | None = None
+    grammar: Grammar | None = None
     return_full_text: bool | None = None
     stop: Annotated[StopStrings, Says(_STOP_SAYS)] | None = None
     top_n_tokens: Annotated[int, Field(ge=0, le=5)] | None = None

@@ -3,22 +3,21 @@
 from __future__ import annotations
 
 import contextlib
-import json
 import time
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from pydantic import Field
+from pydantic_core import to_json
 from starlette.responses import JSONResponse, Response
 
 from llm_boost.engine.outputs import RequestOutput
-from llm_boost.service.body import Says
+from llm_boost.service.body import Body, Says
 from llm_boost.service.choices import Follower
 from llm_boost.service.endpoint import Call, Endpoint
 from llm_boost.service.events import SSE, EventStream
 from llm_boost.service.faults import Fault, invalid
 from llm_boost.service.mindie_models import GenerationParameters
-from llm_boost.service.openai_models import Body
 from llm_boost.service.service import Ask
 from llm_boost.service.tgi_shapes import finish_reason
 
@@ -134,7 +133,7 @@ async def _events(call: Call) -> AsyncGenerator[bytes, None]:
 
 
 def _event(value: dict[str, Any]) -> bytes:
-    return b"data:" + json.dumps(value, ensure_ascii=False).encode() + b"\n\n"
+    return b"data:" + to_json(value) + b"\n\n"
 
 
 class StepClock:

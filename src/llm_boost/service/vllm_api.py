@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import contextlib
-import json
 from collections.abc import AsyncGenerator
 from typing import Annotated, Any
 
 from pydantic import Field
+from pydantic_core import to_json
 from starlette.responses import JSONResponse, Response
 
 from llm_boost.service.body import Says
@@ -72,4 +72,4 @@ async def _chunks(call: Call, ask: Ask) -> AsyncGenerator[bytes, None]:
 
 
 def _chunk(value: dict[str, Any]) -> bytes:
-    return json.dumps(value, ensure_ascii=False).encode() + b"\0"
+    return to_json(value) + b"\0"
