@@ -30,12 +30,9 @@ static inline VF dot(VF acc, VI w, VI a) {
   return dot_bf16(acc, w, a);
 }
 
-// Keys are a packed matrix of their own: float16, multiplied in float32.
-enum class Operand { kWeights, kF16Keys };
-
-template <Format F, Operand O, int M, int NB>
+template <Format F, int M, int NB>
 void tile_float(const TileArgs& t, float* __restrict acc) {
-  constexpr int N = NB * kParts, kBytes = O == Operand::kF16Keys ? 2 : 4;
+  constexpr int N = NB * kParts;
   const TileArgs local = t;
   VF c[M][N];
   LLMB_UNROLL for (int m = 0; m < M; ++m) LLMB_UNROLL for (int v = 0; v < N; ++v) {
@@ -45,8 +42,7 @@ void tile_float(const TileArgs& t, float* __restrict acc) {
   for (size_t s = 0; s < local.count; ++s, a += local.stride * 4) {
     VI w[N];
     LLMB_UNROLL for (int v = 0; v < N; ++v) {
-      const uint8_t* at = local.w[v / kParts] + (s * kBlockRows + v % kParts * kLanes) * kBytes;
-      w[v] = O == Operand::kF16Keys ? as_int(load_f16(at)) : load_bytes(at);
+      w[v] = load_bytes(local.w[v / kParts] + s * kStepBytes + v % kParts * kVectorBytes);
     }
     LLMB_UNROLL for (int m = 0; m < M; ++m) {
       const VI x = broadcast4(a + m * 4);
@@ -126,39 +122,39 @@ void tile_int(const TileArgs& t, float* __restrict acc) {
   }
 }
 
-template <Format F, int Group, Operand O, int M, int NB>
+template <Format F, int Group, int M, int NB>
 inline void tile(const TileArgs& t, float* acc) {
   if constexpr (is_quantized(F))
     tile_int<F, Group, M, NB>(t, acc);
   else
-    tile_float<F, O, M, NB>(t, acc);
+    tile_float<F, M, NB>(t, acc);
 }
 
-template <Format F, int Group, Operand O, int NB>
+template <Format F, int Group, int NB>
 void tile_rows(const TileArgs& t, int rows, float* acc) {
   static_assert(kTileRows == 6 || kTileRows == 2);
   switch (rows) {
     case 1:
-      return tile<F, Group, O, 1, NB>(t, acc);
+      return tile<F, Group, 1, NB>(t, acc);
     case 2:
-      return tile<F, Group, O, 2, NB>(t, acc);
+      return tile<F, Group, 2, NB>(t, acc);
   }
   if constexpr (kTileRows > 2) {
     switch (rows) {
       case 3:
-        return tile<F, Group, O, 3, NB>(t, acc);
+        return tile<F, Group, 3, NB>(t, acc);
       case 4:
-        return tile<F, Group, O, 4, NB>(t, acc);
+        return tile<F, Group, 4, NB>(t, acc);
       case 5:
-        return tile<F, Group, O, 5, NB>(t, acc);
+        return tile<F, Group, 5, NB>(t, acc);
       case 6:
-        return tile<F, Group, O, 6, NB>(t, acc);
+        return tile<F, Group, 6, NB>(t, acc);
     }
   }
 }
 
 // Any number of rows of one panel times up to kChunkBlocks blocks.
-template <Format F, int Group = group_cols(F), Operand O = Operand::kWeights>
+template <Format F, int Group = group_cols(F)>
 void panel(TileArgs t, int rows, int blocks, float* acc) {
   // Four unpacked steps of six bits leave no registers for more.
   constexpr int kBlocks = F == Format::kInt6 ? 1 : kTileBlocks;
@@ -175,9 +171,9 @@ void panel(TileArgs t, int rows, int blocks, float* acc) {
       t.offsets = offsets ? offsets + m : nullptr;
       float* out = acc + m * kChunkRows + b * kBlockRows;
       if (nb == kBlocks)
-        tile_rows<F, Group, O, kBlocks>(t, n, out);
+        tile_rows<F, Group, kBlocks>(t, n, out);
       else
-        tile_rows<F, Group, O, 1>(t, n, out);
+        tile_rows<F, Group, 1>(t, n, out);
     }
     for (int i = 0; i + nb < kChunkBlocks; ++i) {
       t.w[i] = t.w[i + nb];
@@ -321,18 +317,6 @@ void linear(const LinearArgs& args, size_t block, size_t num_blocks, const Scrat
 // ---- activations
 // ---------------------------------------------------------------------------------------------
 
-float sum_of_squares(const float* x, size_t n) {
-  VF sum = set1(0.0f);
-  size_t i = 0;
-  for (; i + kLanes <= n; i += kLanes) {
-    const VF v = load(x + i);
-    sum = fma(v, v, sum);
-  }
-  float total = reduce_add(sum);
-  for (; i < n; ++i) total += x[i] * x[i];
-  return total;
-}
-
 constexpr size_t kSlice = 64;  // columns that are normalised and converted at a time
 static_assert(kSlice == kGroup);
 
@@ -401,190 +385,6 @@ void activate(const float* const* x, size_t num_rows, const float* norm, float e
   }
 }
 
-// ---- rotary embedding and the cache
-// --------------------------------------------------------------------------
-
-void norm_head(float* x, const float* weight, float eps, size_t n) {
-  const float r = 1.0f / std::sqrt(sum_of_squares(x, n) / static_cast<float>(n) + eps);
-  for (size_t i = 0; i < n; ++i) x[i] = x[i] * r * weight[i];
-}
-
-void rotate(float* x, const float* cos, const float* sin, size_t half) {
-  for (size_t i = 0; i < half; ++i) {
-    const float a = x[i], b = x[i + half];
-    x[i] = a * cos[i] - b * sin[i];
-    x[i + half] = b * cos[i] + a * sin[i];
-  }
-}
-
-void rope(const RopeArgs& args, size_t kv_head) {
-  const auto [heads, kv_heads, dim] = args.shape;
-  const size_t group = heads / kv_heads;
-  for (size_t h = kv_head * group; h < (kv_head + 1) * group; ++h) {
-    float* q = args.qkv + h * dim;
-    if (args.q_norm) norm_head(q, args.q_norm, args.eps, dim);
-    rotate(q, args.cos, args.sin, dim / 2);
-  }
-  float* k = args.qkv + (heads + kv_head) * dim;
-  if (args.k_norm) norm_head(k, args.k_norm, args.eps, dim);
-  rotate(k, args.cos, args.sin, dim / 2);
-  const float* v = args.qkv + (heads + kv_heads + kv_head) * dim;
-
-  const CacheLayer& cache = args.cache;
-  const size_t element = cache.format == Format::kF32 ? 4 : 2, per_step = 4 / element;
-  const size_t head_bytes = cache.block_size * dim * element;
-  const size_t at = (args.block * kv_heads + kv_head) * head_bytes;
-  uint8_t* keys = cache.keys + at + (args.offset / 16 * (16 * dim) + args.offset % 16) * element;
-  uint8_t* values = cache.values + at + args.offset / per_step * kStepBytes;
-  const size_t dims_stride = cache.block_size / per_step * kStepBytes;  // from 16 dimensions to the next 16
-  if (cache.format == Format::kF32) {
-    for (size_t d = 0; d < dim; ++d) std::memcpy(keys + d * kStepBytes, k + d, 4);
-    for (size_t d = 0; d < dim; ++d) std::memcpy(values + d / 16 * dims_stride + d % 16 * 4, v + d, 4);
-  } else {
-    for (size_t d = 0; d < dim; ++d) {
-      const uint16_t x = f16_from_float(k[d]);
-      std::memcpy(keys + d * 16 * element, &x, 2);
-    }
-    for (size_t d = 0; d < dim; ++d) {
-      uint8_t* to = values + d / 16 * dims_stride + d % 16 * 4;
-      const uint16_t x = bf16_from_float(v[d]);
-      std::memcpy(to + args.offset % 2 * 2, &x, 2);
-      // A last even position is read together with the odd one after it: never leave a former owner's value
-      // there.
-      if (args.is_last && args.offset % 2 == 0) std::memset(to + 2, 0, 2);
-    }
-  }
-}
-
-// ---- attention
-// -----------------------------------------------------------------------------------------------
-
-constexpr size_t kMaxHeadDim = 256;
-constexpr size_t kKeyTile = kChunkRows;  // positions whose scores are computed at a time
-
-// x * factor as one row of a left operand: [columns / e][rows][e], e = 1 (f32) or 2 (bf16).
-template <Format F>
-void put_row(uint8_t* to, const float* x, size_t columns, size_t rows, size_t row, float factor) {
-  if constexpr (F == Format::kF32) {
-    for (size_t i = 0; i < columns; ++i) {
-      const float y = x[i] * factor;
-      std::memcpy(to + (i * rows + row) * 4, &y, 4);
-    }
-  } else {
-    uint16_t half[kKeyTile];
-    for (size_t i = 0; i < columns; ++i) half[i] = bf16_from_float(x[i] * factor);
-    for (size_t i = 0; i < columns; i += 2) std::memcpy(to + (i / 2 * rows + row) * 4, half + i, 4);
-  }
-}
-
-// p = exp(s - max) over the first `valid` scores of a tile, zero beyond; returns the factor of what came
-// before.
-float softmax_row(float* s, long valid, float* running_max, float* running_sum) {
-  if (valid <= 0) {
-    std::memset(s, 0, kKeyTile * sizeof(float));
-    return 1.0f;
-  }
-  for (size_t j = valid; j < kKeyTile; ++j) s[j] = -1e30f;
-  VF peak = set1(*running_max);
-  for (size_t j = 0; j < kKeyTile; j += kLanes) peak = vmax(peak, load(s + j));
-  const float top = reduce_max(peak);
-  VF sum = set1(0.0f);
-  for (size_t j = 0; j < kKeyTile; j += kLanes) store(s + j, vexp(sub(load(s + j), set1(top))));
-  for (size_t j = valid; j < kKeyTile; ++j) s[j] = 0.0f;
-  for (size_t j = 0; j < kKeyTile; j += kLanes) sum = add(sum, load(s + j));
-  const float factor = top == *running_max ? 1.0f : std::exp(*running_max - top);
-  *running_sum = *running_sum * factor + reduce_add(sum);
-  *running_max = top;
-  return factor;
-}
-
-template <Format F>
-void attention_of(const AttentionArgs& args) {
-  constexpr size_t element = F == Format::kF32 ? 4 : 2, per_step = 4 / element;
-  constexpr Operand kKeys = F == Format::kF32 ? Operand::kWeights : Operand::kF16Keys;
-  const auto [heads, kv_heads, dim] = args.shape;
-  const size_t group = heads / kv_heads, rows = args.row_end - args.row_begin;
-  const size_t block_size = args.cache.block_size, head_bytes = block_size * dim * element;
-
-  alignas(64) uint8_t q[kMaxHeadDim * kAttentionRows * 4];
-  alignas(64) uint8_t p[kKeyTile * kAttentionRows * 4];
-  alignas(64) float scores[kAttentionRows * kChunkRows];
-  alignas(
-      64) float out[kMaxHeadDim / kChunkRows][kAttentionRows * kChunkRows] = {};  // 64 dimensions at a time
-  float running_max[kAttentionRows], running_sum[kAttentionRows];
-  long limit[kAttentionRows];  // positions that a row may see
-  for (size_t r = 0; r < rows; ++r) {
-    const size_t token = (args.row_begin + r) / group,
-                 head = args.kv_head * group + (args.row_begin + r) % group;
-    const float* from = args.qkv + token * args.qkv_stride + head * dim;
-    put_row<Format::kF32>(q, from, dim, rows, r, args.scale);
-    running_max[r] = -1e30f;
-    running_sum[r] = 0.0f;
-    limit[r] = static_cast<long>(args.first_position + token + 1);
-  }
-  const size_t end = limit[rows - 1];
-  const auto head_of = [&](const uint8_t* base, size_t position) {
-    return base + (args.block_table[position / block_size] * kv_heads + args.kv_head) * head_bytes;
-  };
-
-  TileArgs t{};
-  t.stride = rows;
-  for (size_t start = 0; start < end; start += kKeyTile) {
-    const size_t positions = end - start < kKeyTile ? end - start : kKeyTile;
-    const int sub_blocks = static_cast<int>((positions + 15) / 16);
-    for (int i = 0; i < sub_blocks; ++i) {
-      const size_t at = start + 16 * i;
-      t.w[i] = head_of(args.cache.keys, at) + at % block_size * dim * element;
-    }
-    t.a = q;
-    t.count = dim;
-    std::memset(scores, 0, rows * kChunkRows * sizeof(float));
-    panel<Format::kF32, 0, kKeys>(t, static_cast<int>(rows), sub_blocks, scores);
-
-    for (size_t r = 0; r < rows; ++r) {
-      float* s = scores + r * kChunkRows;
-      const float factor =
-          softmax_row(s, limit[r] - static_cast<long>(start), &running_max[r], &running_sum[r]);
-      if (factor != 1.0f)
-        for (size_t c = 0; c * kChunkRows < dim; ++c)
-          for (size_t i = 0; i < kChunkRows; i += kLanes) {
-            float* o = out[c] + r * kChunkRows + i;
-            store(o, mul(load(o), set1(factor)));
-          }
-      put_row<F>(p, s, kKeyTile, rows, r, 1.0f);
-    }
-
-    for (size_t done = 0; done < positions;) {
-      const size_t at = start + done, offset = at % block_size;
-      const size_t left = block_size - offset < positions - done ? block_size - offset : positions - done;
-      const uint8_t* values = head_of(args.cache.values, at) + offset / per_step * kStepBytes;
-      t.a = p + done / per_step * rows * 4;
-      t.count = (left + per_step - 1) / per_step;
-      for (size_t c = 0; c * kChunkRows < dim; ++c) {
-        const size_t blocks = (dim - c * kChunkRows < kChunkRows ? dim - c * kChunkRows : kChunkRows) / 16;
-        for (size_t b = 0; b < blocks; ++b)
-          t.w[b] = values + (c * kChunkBlocks + b) * (block_size / per_step) * kStepBytes;
-        panel<F>(t, static_cast<int>(rows), static_cast<int>(blocks), out[c]);
-      }
-      done += left;
-    }
-  }
-  for (size_t r = 0; r < rows; ++r) {
-    const size_t token = (args.row_begin + r) / group,
-                 head = args.kv_head * group + (args.row_begin + r) % group;
-    float* to = args.out + token * args.out_stride + head * dim;
-    const float inverse = 1.0f / running_sum[r];
-    for (size_t d = 0; d < dim; ++d) to[d] = out[d / kChunkRows][r * kChunkRows + d % kChunkRows] * inverse;
-  }
-}
-
-void attention(const AttentionArgs& args) {
-  if (args.cache.format == Format::kF32)
-    attention_of<Format::kF32>(args);
-  else
-    attention_of<Format::kBF16>(args);
-}
-
 void widen(const uint16_t* in, float* out, size_t n) {
   size_t i = 0;
   for (; i + kLanes <= n; i += kLanes) store(out + i, load_bf16(in + i));
@@ -601,7 +401,7 @@ void widen(const uint16_t* in, float* out, size_t n) {
 
 const Kernels& LLMB_CONCAT(LLMB_ISA, _kernels)() {
   using namespace LLMB_ISA;
-  static const Kernels kernels{LLMB_STRING(LLMB_ISA), activate, linear, rope, attention, widen};
+  static const Kernels kernels{LLMB_STRING(LLMB_ISA), activate, linear, attention_kernels, widen};
   return kernels;
 }
 

@@ -4,6 +4,7 @@
 #include <cstddef>
 #include <cstdint>
 
+#include "attention.h"
 #include "layout.h"
 
 namespace llmb {
@@ -61,53 +62,10 @@ constexpr size_t kChunkRows = kChunkBlocks * kBlockRows;
 constexpr size_t kStepsPerPass = 1024;  // k is cut so that a chunk's weights stay in the second-level cache
 constexpr size_t kExpandedBytes = kChunkBlocks * kStepsPerPass * kStepBytes;
 
-// Keys and values of one layer: blocks of `block_size` positions (a multiple of 16), each kv head apart.
-//   key block:   [block_size / 16][head_dim][16 positions] f32 or f16
-//   value block: [head_dim / 16][block_size / e][16 dims][e], e = 1 (f32) or 2 (bf16): a packed matrix of
-//   dimensions
-// Keys need float16's longer mantissa: Qwen2's carry a large bias, and as bfloat16 they cost it more than all
-// its weights in int8 (benchmarks/DIARY.md, 2026-11-22).
-struct CacheLayer {
-  Format format = Format::kBF16;  // of the values: kF32 or kBF16
-  uint8_t* keys = nullptr;        // [num_blocks][kv_heads][block_size * head_dim]
-  uint8_t* values = nullptr;
-  size_t block_size = 0, kv_heads = 0, head_dim = 0;
-};
-
-struct HeadShape {
-  size_t heads = 0, kv_heads = 0, head_dim = 0;
-};
-
-// Rotates q and k of one token in place, k of kv head `h` and v go into the cache.
-struct RopeArgs {
-  HeadShape shape;
-  float* qkv = nullptr;        // [heads + 2 * kv_heads][head_dim] of this token
-  const float* cos = nullptr;  // [head_dim / 2]
-  const float* sin = nullptr;
-  const float* q_norm = nullptr;  // [head_dim] or null (Qwen3)
-  const float* k_norm = nullptr;
-  float eps = 0;
-  CacheLayer cache;
-  size_t block = 0, offset = 0;  // where this position lives
-  bool is_last = false;          // of its sequence
-};
-
-constexpr size_t kAttentionRows =
-    8;  // query rows (tokens x heads of a group) that share one pass over the keys
-
-struct AttentionArgs {
-  HeadShape shape;
-  const float* qkv = nullptr;  // first token of the sequence in this batch
-  size_t qkv_stride = 0;
-  float* out = nullptr;  // [tokens][heads * head_dim], first token of the sequence
-  size_t out_stride = 0;
-  float scale = 0;
-  CacheLayer cache;
-  const int32_t* block_table = nullptr;
-  size_t first_position = 0;  // position of the sequence's first token in this batch
-  size_t kv_head = 0;
-  size_t row_begin = 0,
-         row_end = 0;  // query rows: token * group + head within the group; at most kAttentionRows
+struct AttentionKernels {
+  void (*store_kv)(const HeadsArgs& args, size_t token, size_t kv_head);  // of one token into the cache
+  void (*run)(const AttentionArgs& args);
+  void (*fold)(const AttentionArgs& args);  // the partial results of all tiles
 };
 
 struct Kernels {
@@ -118,8 +76,7 @@ struct Kernels {
                    const Activations& out, size_t row);
   // Blocks [block, block + num_blocks) of the weight times every token; num_blocks <= kChunkBlocks.
   void (*linear)(const LinearArgs& args, size_t block, size_t num_blocks, const Scratch& scratch);
-  void (*rope)(const RopeArgs& args, size_t kv_head);  // k, v of one kv head and the q heads of its group
-  void (*attention)(const AttentionArgs& args);
+  AttentionKernels attention;
   void (*widen)(const uint16_t* bf16, float* out, size_t n);
 };
 
@@ -128,6 +85,12 @@ const Kernels& generic_kernels();
 const Kernels& avx2_kernels();
 const Kernels& avx512_vnni_kernels();
 const Kernels& avx512_bf16_kernels();
+#endif
+
+#if defined(LLMB_ISA)
+namespace LLMB_ISA {
+extern const AttentionKernels attention_kernels;
+}
 #endif
 
 }  // namespace llmb

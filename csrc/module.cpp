@@ -51,7 +51,21 @@ Epilogue epilogue_of(const std::string& name) {
   throw nb::value_error("unknown epilogue");
 }
 
+CacheFormat cache_format_of(const std::string& name) {
+  if (name == "float32") return CacheFormat::kF32;
+  if (name == "int16") return CacheFormat::kInt16;
+  if (name == "int8") return CacheFormat::kInt8;
+  throw nb::value_error("unknown cache format");
+}
+
 void bind_plan(nb::module_& m) {
+  m.def(
+      "cache_block_bytes",
+      [](const std::string& format, size_t layers, size_t kv_heads, size_t head_dim, size_t block_size) {
+        return cache_block_bytes({cache_format_of(format), layers, 0, block_size}, {0, kv_heads, head_dim});
+      },
+      "cache_format"_a, "layers"_a, "kv_heads"_a, "head_dim"_a, "block_size"_a,
+      "Bytes of the keys and values of block_size positions in all layers.");
   nb::class_<Plan>(m, "Plan",
                    "A model as a list of fused operations, run for one step in one call (csrc/plan.h).")
       .def(
@@ -62,7 +76,7 @@ void bind_plan(nb::module_& m) {
             require(threads >= 1 && threads <= 1024, "threads must be between 1 and 1024");
             require(max_tokens >= 1 && max_tokens <= (1u << 20), "max_tokens must be between 1 and 1048576");
             new (self) Plan(threads, isa, max_tokens, {heads, kv_heads, head_dim},
-                            {format_of(cache_format), layers, num_blocks, block_size});
+                            {cache_format_of(cache_format), layers, num_blocks, block_size});
           },
           "threads"_a, "isa"_a, "max_tokens"_a, "heads"_a, "kv_heads"_a, "head_dim"_a, "cache_format"_a,
           "layers"_a, "num_blocks"_a, "block_size"_a)
@@ -97,13 +111,15 @@ void bind_plan(nb::module_& m) {
       .def(
           "attention",
           [](Plan& p, int qkv, size_t layer, std::optional<Floats> q_norm, std::optional<Floats> k_norm,
-             float eps, size_t head_dim, float scale, int out) {
+             float eps, size_t head_dim, float scale, int out, std::optional<Floats> k_centre) {
             require(head_dim == p.head_dim(), "head_dim differs from the plan's");
-            p.attention(qkv, layer, norm_of(q_norm, eps, head_dim), norm_of(k_norm, eps, head_dim), scale,
-                        out);
+            require(!k_centre || k_centre->size() == p.kv_heads() * head_dim, "k_centre has the wrong size");
+            p.attention(qkv, layer, norm_of(q_norm, eps, head_dim), norm_of(k_norm, eps, head_dim),
+                        k_centre ? k_centre->data() : nullptr, scale, out);
           },
           "qkv"_a, "layer"_a, "q_norm"_a.none(), "k_norm"_a.none(), "eps"_a, "head_dim"_a, "scale"_a, "out"_a,
-          nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>())
+          "k_centre"_a.none() = nb::none(), nb::keep_alive<1, 4>(), nb::keep_alive<1, 5>(),
+          nb::keep_alive<1, 10>())
       .def(
           "logits",
           [](Plan& p, int in, std::optional<Floats> norm, float eps, const Bytes& weight,

@@ -13,6 +13,8 @@ void require(bool ok, const char* what) {
   if (!ok) throw std::invalid_argument(what);
 }
 
+constexpr size_t kItemsPerThread = 8;  // of attention: enough to share out evenly
+
 size_t padded_rows(size_t n) { return round_up(n, kPanelRows); }
 
 }  // namespace
@@ -30,9 +32,13 @@ struct Plan::ActivationStore {
   size_t bytes() const { return values.size() + 4 * (scales.size() + offsets.size()); }
 };
 
-// Up to kAttentionRows query rows of one sequence, for one kv head.
+// Query rows of one sequence against tiles of its keys, for each kv head. Rows whose tiles are shared out
+// among `pieces` items leave partial results at `partials`, which the last of them folds.
 struct Plan::AttentionItem {
-  size_t seq, row_begin, row_end;
+  size_t seq, row_begin, row_end, tile_begin, tile_end, tiles;
+  size_t pieces = 1, split = 0, partials = 0;
+
+  size_t rows() const { return row_end - row_begin; }
 };
 
 struct Plan::Context {
@@ -152,78 +158,77 @@ struct Plan::Attention : Plan::Op {
   int qkv, out;
   size_t layer;
   Norm q_norm, k_norm;
+  const float* k_centre;
   float scale;
 
   void run(const Context& c, int) override {
-    const Plan& plan = c.plan;
-    const size_t kv_heads = plan.heads_.kv_heads;
-    const size_t group = plan.heads_.heads / kv_heads;
-    const CacheLayer cache = cache_layer(plan);
-    if (plan.decode_only_) {  // one token a sequence: whoever attends with a kv head also writes it
-      share(next, c.step.num_seqs * kv_heads, [&](size_t i) {
-        const size_t seq = i / kv_heads, head = i % kv_heads;
-        rope(c, cache, seq, c.step.seq_starts[seq], head);
-        for (size_t row = 0; row < group; row += kAttentionRows)
-          attend(c, cache, {seq, row, std::min(row + kAttentionRows, group)}, head);
+    Plan& plan = c.plan;
+    const size_t kv_heads = plan.heads_.kv_heads, items = plan.attention_items_.size();
+    if (!plan.decode_only_) {
+      share(prepared, c.step.num_tokens, [&](size_t token) {
+        const int32_t* starts = c.step.seq_starts;
+        const size_t seq =
+            std::upper_bound(starts, starts + c.step.num_seqs + 1, static_cast<int32_t>(token)) - starts - 1;
+        const HeadsArgs args = heads_of(c, seq);
+        for (size_t head = 0; head < kv_heads; ++head)
+          plan.kernels_.attention.store_kv(args, token - starts[seq], head);
       });
-      return;
+      plan.pool_.barrier();
     }
-    share(prepared, c.step.num_tokens, [&](size_t token) {
-      const int32_t* starts = c.step.seq_starts;
-      const size_t seq =
-          std::upper_bound(starts, starts + c.step.num_seqs + 1, static_cast<int32_t>(token)) - starts - 1;
-      for (size_t head = 0; head < kv_heads; ++head) rope(c, cache, seq, token, head);
-    });
-    c.plan.pool_.barrier();
-    const size_t items = plan.attention_items_.size();
     share(next, items * kv_heads, [&](size_t i) {  // the last rows see most keys: they go first
-      attend(c, cache, plan.attention_items_[items - 1 - i / kv_heads], i % kv_heads);
+      attend(c, plan.attention_items_[items - 1 - i / kv_heads], i % kv_heads);
     });
   }
 
-  CacheLayer cache_layer(const Plan& plan) const {
-    const size_t element = plan.cache_.format == Format::kF32 ? 4 : 2;
-    const size_t bytes = plan.cache_.num_blocks * plan.heads_.kv_heads * plan.cache_.block_size *
-                         plan.heads_.head_dim * element;
-    uint8_t* base = plan.cache_data_ + 2 * layer * bytes;
-    return {plan.cache_.format,  base, base + bytes, plan.cache_.block_size, plan.heads_.kv_heads,
-            plan.heads_.head_dim};
-  }
-
-  void rope(const Context& c, const CacheLayer& cache, size_t seq, size_t token, size_t kv_head) const {
-    const size_t dim = c.plan.heads_.head_dim;
-    const size_t position = c.step.context_lens[seq] - (c.step.seq_starts[seq + 1] - token);
-    RopeArgs a;
-    a.shape = c.plan.heads_;
-    a.qkv = c.plan.buffers_[qkv].data() + token * c.plan.widths_[qkv];
-    a.cos = c.step.cos + token * (dim / 2);
-    a.sin = c.step.sin + token * (dim / 2);
+  HeadsArgs heads_of(const Context& c, size_t seq) const {
+    const Plan& plan = c.plan;
+    const size_t first = c.step.seq_starts[seq], dim = plan.heads_.head_dim;
+    const size_t stride = cache_block_bytes(plan.cache_, plan.heads_),
+                 bytes = stride / plan.cache_.layers / 2;
+    HeadsArgs a;
+    a.shape = plan.heads_;
+    a.qkv = plan.buffers_[qkv].data() + first * plan.widths_[qkv];
+    a.qkv_stride = plan.widths_[qkv];
+    a.cos = c.step.cos + first * (dim / 2);
+    a.sin = c.step.sin + first * (dim / 2);
     a.q_norm = q_norm.weight;
     a.k_norm = k_norm.weight;
+    a.k_centre = k_centre;
     a.eps = q_norm.eps;
-    a.cache = cache;
-    a.block = c.step.block_tables[seq * c.step.table_width + position / cache.block_size];
-    a.offset = position % cache.block_size;
-    a.is_last = position + 1 == static_cast<size_t>(c.step.context_lens[seq]);
-    c.plan.kernels_.rope(a, kv_head);
+    a.cache.format = plan.cache_.format;
+    a.cache.keys = plan.cache_data_ + 2 * layer * bytes;
+    a.cache.values = a.cache.keys + bytes;
+    a.cache.block_stride = stride;
+    a.cache.block_size = plan.cache_.block_size;
+    a.cache.head_dim = dim;
+    a.block_table = c.step.block_tables + seq * c.step.table_width;
+    a.first_position = c.step.context_lens[seq] - (c.step.seq_starts[seq + 1] - first);
+    return a;
   }
 
-  void attend(const Context& c, const CacheLayer& cache, const AttentionItem& item, size_t kv_head) const {
-    const size_t first = c.step.seq_starts[item.seq], tokens = c.step.seq_starts[item.seq + 1] - first;
+  void attend(const Context& c, const AttentionItem& item, size_t kv_head) const {
+    Plan& plan = c.plan;
+    const AttentionKernels& kernels = plan.kernels_.attention;
     AttentionArgs a;
-    a.shape = c.plan.heads_;
-    a.qkv = c.plan.buffers_[qkv].data() + first * c.plan.widths_[qkv];
-    a.qkv_stride = c.plan.widths_[qkv];
-    a.out = c.plan.buffers_[out].data() + first * c.plan.widths_[out];
-    a.out_stride = c.plan.widths_[out];
+    static_cast<HeadsArgs&>(a) = heads_of(c, item.seq);
     a.scale = scale;
-    a.cache = cache;
-    a.block_table = c.step.block_tables + item.seq * c.step.table_width;
-    a.first_position = c.step.context_lens[item.seq] - tokens;
+    a.out = plan.buffers_[out].data() + c.step.seq_starts[item.seq] * plan.widths_[out];
+    a.out_stride = plan.widths_[out];
     a.kv_head = kv_head;
     a.row_begin = item.row_begin;
     a.row_end = item.row_end;
-    c.plan.kernels_.attention(a);
+    a.tile_begin = item.tile_begin;
+    a.tile_end = item.tile_end;
+    // A decode's key and value are written by whoever first reads them.
+    if (plan.decode_only_ && item.tile_end == item.tiles) kernels.store_kv(a, 0, kv_head);
+    if (item.pieces == 1) return kernels.run(a);
+    const size_t size = Partial::floats(item.tiles, item.rows(), a.shape.head_dim);
+    a.partial = Partial(plan.partials_.data() + item.partials + kv_head * size, item.tiles, item.rows());
+    kernels.run(a);
+    std::atomic<size_t>& missing = plan.partials_missing_[item.split * a.shape.kv_heads + kv_head];
+    if (missing.fetch_sub(1, std::memory_order_acq_rel) > 1) return;
+    missing.store(item.pieces, std::memory_order_relaxed);  // for the next layer
+    kernels.fold(a);
   }
 };
 
@@ -240,14 +245,13 @@ Plan::Plan(int num_threads, const std::string& isa, size_t max_tokens, HeadShape
         "head_dim must be a multiple of 16 up to 256, and heads a multiple of kv_heads");
   if (cache.block_size == 0 || cache.block_size % 16)
     throw std::invalid_argument("block_size must be a multiple of 16");
-  const size_t element = cache.format == Format::kF32 ? 4 : 2;
-  cache_bytes_ =
-      2 * cache.layers * cache.num_blocks * cache.block_size * heads.kv_heads * heads.head_dim * element;
+  cache_bytes_ = cache.num_blocks * cache_block_bytes(cache, heads);
   // Anonymous pages are zero and cost nothing until a block is first written.
   void* data =
       mmap(nullptr, cache_bytes_, PROT_READ | PROT_WRITE, MAP_PRIVATE | MAP_ANONYMOUS | MAP_NORESERVE, -1, 0);
   if (data == MAP_FAILED) throw std::bad_alloc();
   cache_data_ = static_cast<uint8_t*>(data);
+  madvise(data, cache_bytes_, MADV_HUGEPAGE);  // a block's layers and heads would be a page each
   for (int t = 0; t < num_threads; ++t) {
     private_.emplace_back(new ActivationStore);
     scratch_.emplace_back(kExpandedBytes + padded_rows(max_tokens) * kChunkRows * sizeof(float));
@@ -315,7 +319,8 @@ void Plan::linear(int in, Norm norm, const std::vector<LinearPart>& parts, Epilo
   ops_.push_back(std::move(op));
 }
 
-void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scale, int out) {
+void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, const float* k_centre, float scale,
+                     int out) {
   require(layer < cache_.layers, "attention: no such layer");
   require(width(qkv) == (heads_.heads + 2 * heads_.kv_heads) * heads_.head_dim &&
               width(out) == heads_.heads * heads_.head_dim,
@@ -325,6 +330,7 @@ void Plan::attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scal
   op->layer = layer;
   op->q_norm = q_norm;
   op->k_norm = k_norm;
+  op->k_centre = k_centre;
   op->scale = scale;
   op->out = out;
   ops_.push_back(std::move(op));
@@ -358,17 +364,48 @@ void Plan::check(const Step& s) const {
     if (s.logit_rows[r] < 0 || static_cast<size_t>(s.logit_rows[r]) >= s.num_tokens) fail("logit_rows");
 }
 
+// Which rows meet which tiles of keys is a matter of balance alone: no result depends on it.
 void Plan::plan_attention(const Step& step) {
-  decode_only_ = step.num_tokens == step.num_seqs;
+  decode_only_ = step.num_tokens == step.num_seqs && heads_.heads / heads_.kv_heads <= kAttentionRows;
   attention_items_.clear();
-  if (decode_only_) return;
   const size_t group = heads_.heads / heads_.kv_heads;
+  size_t total = 0;  // tiles
   for (size_t seq = 0; seq < step.num_seqs; ++seq) {
-    const size_t rows = (step.seq_starts[seq + 1] - step.seq_starts[seq]) * group;
-    const size_t piece = rows <= kAttentionRows ? kAttentionRows : kPanelRows;
-    for (size_t row = 0; row < rows; row += piece)
-      attention_items_.push_back({seq, row, std::min(row + piece, rows)});
+    const size_t tokens = step.seq_starts[seq + 1] - step.seq_starts[seq], rows = tokens * group;
+    for (size_t row = 0; row < rows; row += kAttentionRows) {
+      const size_t end = std::min(row + kAttentionRows, rows);
+      const size_t seen = step.context_lens[seq] - tokens + (end - 1) / group + 1;
+      const size_t tiles = (seen + kKeyTile - 1) / kKeyTile;
+      attention_items_.push_back({seq, row, end, 0, tiles, tiles});
+      total += tiles * heads_.kv_heads;
+    }
   }
+  split_attention(std::max<size_t>(2, total / (kItemsPerThread * pool_.size())));
+}
+
+void Plan::split_attention(size_t most_tiles) {
+  std::vector<AttentionItem> items;
+  size_t splits = 0, floats = 0;
+  for (AttentionItem item : attention_items_) {
+    item.pieces = (item.tiles + most_tiles - 1) / most_tiles;
+    item.split = splits;
+    item.partials = floats;
+    for (size_t i = 0; i < item.pieces; ++i) {
+      item.tile_begin = item.tiles * i / item.pieces;
+      item.tile_end = item.tiles * (i + 1) / item.pieces;
+      items.push_back(item);
+    }
+    if (item.pieces == 1) continue;
+    splits += 1;
+    floats += heads_.kv_heads * Partial::floats(item.tiles, item.rows(), heads_.head_dim);
+  }
+  attention_items_ = std::move(items);
+  if (partials_.size() < floats) partials_.resize(floats);
+  partials_missing_ = std::vector<std::atomic<size_t>>(splits * heads_.kv_heads);
+  for (const AttentionItem& item : attention_items_)
+    if (item.pieces > 1)
+      for (size_t head = 0; head < heads_.kv_heads; ++head)
+        partials_missing_[item.split * heads_.kv_heads + head].store(item.pieces, std::memory_order_relaxed);
 }
 
 const float* Plan::run(const Step& step) {
@@ -390,7 +427,7 @@ const float* Plan::run(const Step& step) {
 }
 
 size_t Plan::workspace_bytes() const {
-  size_t bytes = shared_->bytes() + logits_.size() * sizeof(float);
+  size_t bytes = shared_->bytes() + (logits_.size() + partials_.size()) * sizeof(float);
   for (const auto& b : buffers_) bytes += b.size() * sizeof(float);
   for (const auto& p : private_) bytes += p->bytes();
   for (const auto& s : scratch_) bytes += s.size();

@@ -4,6 +4,7 @@
 // runs the whole list on all threads with a barrier after each operation and no Python in between.
 #pragma once
 
+#include <atomic>
 #include <memory>
 #include <string>
 #include <vector>
@@ -26,9 +27,14 @@ struct Step {
 };
 
 struct CacheShape {
-  Format format = Format::kBF16;
+  CacheFormat format = CacheFormat::kInt16;
   size_t layers = 0, num_blocks = 0, block_size = 0;
 };
+
+// Keys and values of a block in all layers, which stand side by side.
+constexpr size_t cache_block_bytes(const CacheShape& cache, const HeadShape& heads) {
+  return 2 * cache.layers * heads.kv_heads * head_bytes(cache.format, cache.block_size, heads.head_dim);
+}
 
 struct Norm {
   const float* weight = nullptr;  // null: none
@@ -56,7 +62,8 @@ class Plan {
   // out (op)= norm(in) * weight^T + bias, the parts side by side.
   void linear(int in, Norm norm, const std::vector<LinearPart>& parts, Epilogue epilogue, int out);
   // Rotates q and k of `qkv`, writes k and v into the cache of `layer`, and attends.
-  void attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, float scale, int out);
+  void attention(int qkv, size_t layer, Norm q_norm, Norm k_norm, const float* k_centre, float scale,
+                 int out);
   // The last operation: logits of Step::logit_rows.
   void logits(int in, Norm norm, const Weight& weight);
 
@@ -66,6 +73,7 @@ class Plan {
 
   size_t vocab_size() const { return vocab_size_; }
   size_t head_dim() const { return heads_.head_dim; }
+  size_t kv_heads() const { return heads_.kv_heads; }
   size_t cache_bytes() const { return cache_bytes_; }
   size_t workspace_bytes() const;
   int num_threads() const { return pool_.size(); }
@@ -82,6 +90,7 @@ class Plan {
   size_t width(int buffer) const;
   void check(const Step& step) const;
   void plan_attention(const Step& step);
+  void split_attention(size_t most_tiles);
   void reserve(const Weight& weight);
 
   const Kernels& kernels_;
@@ -99,6 +108,8 @@ class Plan {
   std::vector<std::unique_ptr<Op>> ops_;
   std::vector<float> logits_;
   std::vector<AttentionItem> attention_items_;
+  std::vector<float> partials_;
+  std::vector<std::atomic<size_t>> partials_missing_;  // of each split piece of rows and kv head
   bool decode_only_ = false;
 
   struct ActivationStore;

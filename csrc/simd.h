@@ -26,30 +26,6 @@ static inline uint16_t bf16_from_float(float x) {
   return static_cast<uint16_t>((bits & 0x7fffffffu) > 0x7f800000u ? quiet : rounded);
 }
 
-// Nearest even; beyond float16's largest: its largest.
-static inline uint16_t f16_from_float(float x) {
-  uint32_t bits;
-  std::memcpy(&bits, &x, 4);
-  const uint32_t sign = bits >> 16 & 0x8000u, size = bits & 0x7fffffffu;
-  if (size >= 0x477ff000u) return static_cast<uint16_t>(sign | (size > 0x7f800000u ? 0x7e00u : 0x7bffu));
-  if (size < 0x38800000u) {  // a denormal half: adding 2^-1 leaves its bits at the end of the mantissa
-    float magnitude;
-    std::memcpy(&magnitude, &size, 4);
-    magnitude += 0.5f;
-    std::memcpy(&bits, &magnitude, 4);
-    return static_cast<uint16_t>(sign | (bits - 0x3f000000u));
-  }
-  return static_cast<uint16_t>(sign | ((size + 0xfffu + (size >> 13 & 1u) - 0x38000000u) >> 13));
-}
-
-static inline float float_from_f16(uint16_t x) {
-  const uint32_t rest = (x & 0x7fffu) << 13;
-  float f;
-  std::memcpy(&f, &rest, 4);
-  f *= 0x1p112f;  // from the exponent's bias 15 to 127
-  return x & 0x8000u ? -f : f;
-}
-
 static inline float float_from_bf16(uint16_t x) {
   const uint32_t bits = static_cast<uint32_t>(x) << 16;
   float f;
@@ -96,11 +72,14 @@ static inline VF load_bf16(const uint16_t* p) {
   const __m256i half = _mm256_loadu_si256(reinterpret_cast<const __m256i*>(p));
   return _mm512_castsi512_ps(_mm512_slli_epi32(_mm512_cvtepu16_epi32(half), 16));
 }
-static inline VF load_f16(const uint8_t* p) {
-  return _mm512_cvtph_ps(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
-}
 static inline void store_i8(int8_t* p, VI v) {
   _mm_storeu_si128(reinterpret_cast<__m128i*>(p), _mm512_cvtepi32_epi8(v));
+}
+static inline void store_i16(int16_t* p, VI v) {
+  _mm256_storeu_si256(reinterpret_cast<__m256i*>(p), _mm512_cvtepi32_epi16(v));
+}
+static inline VI load_i8_pairs(const uint8_t* p) {  // pairs of int8 as pairs of int16
+  return _mm512_cvtepi8_epi16(_mm256_loadu_si256(reinterpret_cast<const __m256i*>(p)));
 }
 static inline VI broadcast4(const uint8_t* p) {
   int32_t x;
@@ -111,6 +90,10 @@ static inline VI broadcast4(const uint8_t* p) {
 // speed.
 static inline VI dot_int8(VI acc, VI w, VI a) {
   asm("vpdpbusd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
+  return acc;
+}
+static inline VI dot_int16(VI acc, VI w, VI a) {
+  asm("vpdpwssd %2, %1, %0" : "+v"(acc) : "v"(w), "v"(a));
   return acc;
 }
 #if defined(__AVX512BF16__)
@@ -201,12 +184,16 @@ static inline VF load_bf16(const uint16_t* p) {
   const __m128i half = _mm_loadu_si128(reinterpret_cast<const __m128i*>(p));
   return _mm256_castsi256_ps(_mm256_slli_epi32(_mm256_cvtepu16_epi32(half), 16));
 }
-static inline VF load_f16(const uint8_t* p) {
-  return _mm256_cvtph_ps(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
-}
 static inline void store_i8(int8_t* p, VI v) {
   const __m128i words = _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1));
   _mm_storel_epi64(reinterpret_cast<__m128i*>(p), _mm_packs_epi16(words, words));
+}
+static inline void store_i16(int16_t* p, VI v) {
+  _mm_storeu_si128(reinterpret_cast<__m128i*>(p),
+                   _mm_packs_epi32(_mm256_castsi256_si128(v), _mm256_extracti128_si256(v, 1)));
+}
+static inline VI load_i8_pairs(const uint8_t* p) {  // pairs of int8 as pairs of int16
+  return _mm256_cvtepi8_epi16(_mm_loadu_si128(reinterpret_cast<const __m128i*>(p)));
 }
 static inline VI broadcast4(const uint8_t* p) {
   int32_t x;
@@ -219,6 +206,7 @@ static inline VI dot_int8(VI acc, VI w, VI a) {
   const VI pairs = _mm256_maddubs_epi16(_mm256_abs_epi8(s), _mm256_sign_epi8(a, s));
   return _mm256_add_epi32(acc, _mm256_madd_epi16(pairs, _mm256_set1_epi16(1)));
 }
+static inline VI dot_int16(VI acc, VI w, VI a) { return _mm256_add_epi32(acc, _mm256_madd_epi16(w, a)); }
 static inline VF dot_bf16(VF acc, VI w, VI a) {
   const VI high = _mm256_set1_epi32(static_cast<int32_t>(0xffff0000u));
   acc = fma(as_float(_mm256_slli_epi32(w, 16)), as_float(_mm256_slli_epi32(a, 16)), acc);
@@ -298,13 +286,20 @@ static inline VF load_i8(const uint8_t* p) {
 static inline VF load_bf16(const uint16_t* p) {
   return VF{float_from_bf16(p[0]), float_from_bf16(p[1]), float_from_bf16(p[2]), float_from_bf16(p[3])};
 }
-static inline VF load_f16(const uint8_t* p) {
-  uint16_t x[4];
-  std::memcpy(x, p, 8);
-  return VF{float_from_f16(x[0]), float_from_f16(x[1]), float_from_f16(x[2]), float_from_f16(x[3])};
-}
 static inline void store_i8(int8_t* p, VI v) {
   for (int i = 0; i < 4; ++i) p[i] = static_cast<int8_t>(v[i]);
+}
+static inline void store_i16(int16_t* p, VI v) {
+  for (int i = 0; i < 4; ++i) p[i] = static_cast<int16_t>(v[i]);
+}
+static inline VI load_i8_pairs(const uint8_t* p) {  // pairs of int8 as pairs of int16
+  int8_t x[8];
+  int16_t pairs[8];
+  std::memcpy(x, p, 8);
+  for (int i = 0; i < 8; ++i) pairs[i] = x[i];
+  VI v;
+  std::memcpy(&v, pairs, 16);
+  return v;
 }
 static inline VI broadcast4(const uint8_t* p) {
   int32_t x;
@@ -317,6 +312,10 @@ static inline VI dot_int8(VI acc, VI w, VI a) {  // one product of each lane's f
   acc += (s << 16 >> 24) * (a << 16 >> 24);
   acc += (s << 8 >> 24) * (a << 8 >> 24);
   return acc + (s >> 24) * (a >> 24);
+}
+static inline VI dot_int16(VI acc, VI w, VI a) {
+  acc += (w << 16 >> 16) * (a << 16 >> 16);
+  return acc + (w >> 16) * (a >> 16);
 }
 static inline VF dot_bf16(VF acc, VI w, VI a) {
   const int32_t high = static_cast<int32_t>(0xffff0000u);
@@ -404,6 +403,32 @@ static inline VF vexp(VF x) {
   return mul(p, as_float(shift_left23(iadd(n, iset1(127)))));
 }
 
+// 2^x for x <= 0 by Taylor's series: degree 7 errs by 1e-8, degree 5 by 3e-6. Below 2^-126 is 2^-126; a NaN
+// stays.
+template <int Degree>
+static inline VF vexp2(VF x) {
+  constexpr float kTerms[] = {1.0f,          0.693147181f,   0.240226507f,   0.0555041087f,
+                              0.0096181291f, 0.00133335581f, 1.54035304e-4f, 1.52527338e-5f};
+  const VF magic = set1(12582912.0f + 127.0f);  // 1.5 * 2^23: what is added to it is rounded to an integer
+  x = vmax(set1(-126.0f), x);
+  const VF n = add(x, magic), f = sub(x, sub(n, magic));
+  VF p = set1(kTerms[Degree]);
+  LLMB_UNROLL for (int i = Degree - 1; i >= 0; --i) p = fma(p, f, set1(kTerms[i]));
+  return mul(p, as_float(shift_left23(as_int(n))));
+}
+
 static inline VF silu(VF x) { return div(x, add(set1(1.0f), vexp(sub(set1(0.0f), x)))); }
+
+static inline float sum_of_squares(const float* x, size_t n) {
+  VF sum = set1(0.0f);
+  size_t i = 0;
+  for (; i + kLanes <= n; i += kLanes) {
+    const VF v = load(x + i);
+    sum = fma(v, v, sum);
+  }
+  float total = reduce_add(sum);
+  for (; i < n; ++i) total += x[i] * x[i];
+  return total;
+}
 
 }  // namespace llmb::LLMB_ISA

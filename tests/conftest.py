@@ -15,6 +15,8 @@ from llm_boost.engine.batch import ModelRunner
 def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
     no_reference = not all(importlib.util.find_spec(name) for name in ("torch", "transformers"))
     no_mindspore = importlib.util.find_spec("mindspore") is None
+    no_llama_cpp = importlib.util.find_spec("llama_cpp") is None
+    no_clients = not all(importlib.util.find_spec(name) for name in ("litellm", "schemathesis"))
     no_models = "LLM_BOOST_MODELS" not in os.environ
     no_quality = "LLM_BOOST_QUALITY_MODEL" not in os.environ
     for item in items:
@@ -24,6 +26,10 @@ def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
             item.add_marker(pytest.mark.skip(reason="needs the reference extra: torch and transformers"))
         if no_mindspore and item.get_closest_marker("mindspore"):
             item.add_marker(pytest.mark.skip(reason="needs the mindspore extra"))
+        if no_llama_cpp and item.get_closest_marker("llama_cpp"):
+            item.add_marker(pytest.mark.skip(reason="needs llama-cpp-python"))
+        if no_clients and item.get_closest_marker("clients"):
+            item.add_marker(pytest.mark.skip(reason="needs the clients extra: litellm and schemathesis"))
         if no_models and item.get_closest_marker("models"):
             item.add_marker(pytest.mark.skip(reason="needs LLM_BOOST_MODELS, the folder of real checkpoints"))
 

@@ -11,6 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 if TYPE_CHECKING:
     from llm_boost.engine.async_llm import AsyncLLM
+    from llm_boost.engine.beam_search import BeamSearchOutput, BeamSearchParams, BeamSearchSequence
     from llm_boost.engine.llm import LLM
     from llm_boost.engine.outputs import CompletionOutput, RequestOutput
     from llm_boost.engine.sampling_params import SamplingParams
@@ -19,6 +20,9 @@ if TYPE_CHECKING:
 __all__ = [
     "LLM",
     "AsyncLLM",
+    "BeamSearchOutput",
+    "BeamSearchParams",
+    "BeamSearchSequence",
     "CompletionOutput",
     "RequestOutput",
     "SamplingParams",
@@ -31,6 +35,9 @@ __version__: str
 _LAZY = {
     "LLM": "llm_boost.engine.llm",
     "AsyncLLM": "llm_boost.engine.async_llm",
+    "BeamSearchOutput": "llm_boost.engine.beam_search",
+    "BeamSearchParams": "llm_boost.engine.beam_search",
+    "BeamSearchSequence": "llm_boost.engine.beam_search",
     "SamplingParams": "llm_boost.engine.sampling_params",
     "StructuredOutputsParams": "llm_boost.engine.structured_outputs",
     "RequestOutput": "llm_boost.engine.outputs",

@@ -14,6 +14,9 @@ GROUP: int
 INT4_CODEBOOK: list[int]
 
 def available_isas() -> list[str]: ...
+def cache_block_bytes(
+    cache_format: str, layers: int, kv_heads: int, head_dim: int, block_size: int
+) -> int: ...
 
 class Plan:
     def __init__(
@@ -50,6 +53,7 @@ class Plan:
         head_dim: int,
         scale: float,
         out: int,
+        k_centre: _Floats | None = None,
     ) -> None: ...
     def logits(
         self, input: int, norm: _Floats | None, eps: float, weight: _Bytes, format: str, rows: int, cols: int

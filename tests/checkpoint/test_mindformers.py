@@ -168,7 +168,9 @@ def test_what_is_wrong_is_named(tmp_path):
     assert "holds 2 .ckpt files; name the one to use: ['a.ckpt', 'b.ckpt']" in refused(tmp_path)
     for rank in (0, 1):
         write(tmp_path / "split" / f"rank_{rank}" / "checkpoint.ckpt", tensors)
-    assert "holds 2 rank folders of a split checkpoint; merge them first" in refused(tmp_path / "split")
+    assert "a split checkpoint without its strategy: give it as src_strategy_path_or_dir" in refused(
+        tmp_path / "split"
+    )
     (tmp_path / "empty" / "rank_0").mkdir(parents=True)
     assert "no .ckpt or .safetensors file there" in refused(tmp_path / "empty")
     (tmp_path / "config.json").write_text(json.dumps({"num_attention_heads": 2, "hidden_size": 8}))

@@ -17,6 +17,7 @@ from llm_boost.errors import RequestError
 
 class FakeTokenizer:
     bos_token_id = 0
+    chat_template = "{{ messages }}"
 
     def encode(self, text, *, add_special_tokens=True):
         return [0] * add_special_tokens + [ord(character) for character in text]
@@ -67,6 +68,9 @@ class FakeLLM:
         return [self._output(i, prompt, p) for i, (prompt, p) in enumerate(zip(ids, params, strict=True))]
 
     def stream(self, prompts, params):
+        return self._stream(prompts, params)
+
+    def _stream(self, prompts, params):
         for output in self.generate(prompts, params):
             completion = output.outputs[0]
             text = completion.text
@@ -75,7 +79,7 @@ class FakeLLM:
                 yield output
 
     def _output(self, index, prompt, params):
-        text = (self.reply * 100)[: min(params.max_tokens, self.max_model_len - len(prompt))]
+        text = (self.reply * 100)[: min(params.max_tokens or 1_000_000, self.max_model_len - len(prompt))]
         text = text if params.ignore_eos else text[: len(self.reply)]
         metrics = RequestMetrics(
             arrival_time=10.0,
@@ -100,7 +104,7 @@ def llm(monkeypatch):
         loaded.dtype = {"auto": "bfloat16"}.get(resolved.config.dtype, resolved.config.dtype)
         return loaded
 
-    for verb in ("predict", "eval"):
+    for verb in ("chat", "predict", "eval"):
         monkeypatch.setattr(f"llm_boost.cli.{verb}.build_llm", build_llm)
     return fake
 

@@ -224,7 +224,10 @@ def test_what_is_wrong_ends_in_one_line_and_nothing_written(run, tmp_path):
         (["--reversed", "--to", "gguf"], "--reversed: means --to hf, and --to is gguf"),
         (["--gguf_type", "Q8_0"], "--gguf_type: is for --to gguf, the target is mindspore-ckpt"),
         (["--to", "gguf", "--gguf_type", "Q8_0", "--dtype", "bf16"], "--gguf_type and --dtype: give one"),
-        (["--max_shard_size", "5 apples"], "--max_shard_size: got '5 apples'"),
+        (["--to", "hf", "--max_shard_size", "5 apples"], "--max_shard_size: got '5 apples'"),
+        (["--max_shard_size", "1GB"], "--max_shard_size: is for --to hf, the target is mindspore-ckpt"),
+        (["--to", "hf", "--threads", "2"], "--threads: is for --to packed, the target is hf"),
+        (["--is_lora", "--from", "hf"], "--is_lora: of an adapter --model, --dtype and --reversed"),
         (["--to", "hf", "--output_path", tmp_path / "full"], "is there and not empty"),
         (["--to", "hf", "--output_path", tmp_path / "m.bin"], "is a file's name; hf output is a folder"),
         (["--input_path", tmp_path / "empty"], "the directory is empty"),
@@ -377,6 +380,34 @@ def test_inspect_finds_what_is_wrong(run, tmp_path):
     assert "give one PATH, or --diff A B" in err
     code, _, err = run("inspect", tmp_path / "nothing")
     assert code == 2
+
+
+def test_files_are_checked_against_a_manifest(run, tmp_path):
+    import hashlib
+
+    folder = tmp_path / "m"
+    shutil.copytree(model_dir("mistral"), folder)
+    files = sorted(folder.glob("*.safetensors"))
+    lines = [f"{hashlib.sha256(file.read_bytes()).hexdigest()}  {file.name}" for file in files]
+    manifest = tmp_path / "SHA256SUMS"
+    manifest.write_text("\n".join(lines) + "\n")
+    assert run("inspect", folder, "--manifest", manifest)[0] == 0
+    data = bytearray(files[1].read_bytes())
+    data[-1] ^= 1
+    files[1].write_bytes(data)
+    manifest.write_text("\n".join([*lines[:2], f"{'0' * 64}  other.safetensors"]))
+    code, out, _ = run("inspect", folder, "--manifest", manifest)
+    assert code == 1
+    for problem in (
+        f"{files[1].name}: its SHA-256 is",
+        f"{files[2].name}: is not in",
+        "other.safetensors: is missing",
+    ):
+        assert problem in out
+    manifest.write_text("hello\n")
+    code, _, err = run("inspect", folder, "--manifest", manifest)
+    assert code == 2
+    assert "line 1 is no line of sha256sum" in err
 
 
 def test_diff_tells_how_much(run, tmp_path):

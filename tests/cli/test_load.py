@@ -68,7 +68,7 @@ def test_the_engine_is_asked_for_what_the_file_and_the_flags_say(asked, checkpoi
         {
             "model": checkpoint, "dtype": "int8", "max_model_len": 64, "threads": 2, "seed": 5,
             "cache_dir": tmp_path, "block_size": 16, "num_blocks": 9, "kv_cache_memory": None,
-            "vocab_file": None, "merges_file": None,
+            "kv_cache_dtype": "auto", "speculative_config": None, "vocab_file": None, "merges_file": None, "src_strategy": None,
             "tokenizer_overrides": {"type": "LlamaTokenizer", "bos_token": "<s>"},
         }
     ]  # fmt: skip

@@ -218,8 +218,8 @@ def test_measure_throughput(run, llm):
         (["--model", "m", "--do_sample", "yes", "x"], "'--do_sample': got 'yes', allowed: True or False"),
         (["--model", "m", "--device_num", "2", "x"], "--device_num: got 2, allowed: 1"),
         (
-            ["--model", "m", "--only_save_strategy", "True", "x"],
-            "--only_save_strategy: got True, allowed: False",
+            ["--model", "m", "--only_save_strategy", "True", "--use_parallel", "True", "x"],
+            "--device_num: missing; give the number of ranks",
         ),
         (["--config", QWEN, "--model", "m", "--use_parallel", "True", "x"], "parallel_config: got 2 ranks"),
         (["--config", "absent.yaml", "x"], "absent.yaml: cannot read the YAML file"),

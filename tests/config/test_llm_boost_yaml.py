@@ -41,7 +41,7 @@ def error_of(path: Path) -> str:
 @pytest.mark.parametrize("name", ["predict_llama2_7b_llm_boost", "predict_qwen2_7b_instruct_llm_boost"])
 def test_shipped_files_are_valid(name):
     read = read_llm_boost_yaml(CONFIGS / f"{name}.yaml")
-    assert {"context", "parallel", "trainer", "output_dir"} <= set(read.without_effect)
+    assert {"context", "parallel", "trainer", "resume_training"} <= set(read.without_effect)
     assert not any(key.startswith("context.") for key in read.without_effect)
     assert read.model.max_decode_length == 512
 
@@ -57,12 +57,12 @@ def test_qwen_values():
 def test_idle_keys_of_a_section_with_effect_are_named_one_by_one(write):
     text = (
         MINIMAL
-        + "    use_past: True\nparallel_config: {model_parallel: 1, vocab_emb_dp: False}\nmoe_config: {a: 1}"
+        + "    use_past: True\nparallel_config: {model_parallel: 1, micro_batch_num: 1}\nmoe_config: {a: 1}"
     )
     read = read_llm_boost_yaml(write(text))
     assert read.without_effect == (
         "model.model_config.use_past",
-        "parallel_config.vocab_emb_dp",
+        "parallel_config.micro_batch_num",
         "moe_config",
     )
 

@@ -71,7 +71,7 @@ def test_the_seeds_file_means_what_it_says(rc3: Path) -> None:
     assert (config.max_input_tokens, config.max_output_tokens, config.truncation) == (2048, 512, "refuse")
     assert config.engine_options["max_num_seqs"] == 200
     assert config.engine_options["block_size"] == 128
-    assert config.engine_options["kv_cache_memory"] == 16 << 30
+    assert config.engine_options["kv_cache_memory_at_most"] == 16 << 30
     assert config.engine_options["template_type"] == "Standard"
     assert config.log.path == rc3.parent.parent / "logs/mindservice.log"
 

@@ -61,7 +61,7 @@ def test_one_note_lists_what_has_no_effect(qwen):
     notes = [note for note in resolve({"model": "m"}, qwen, {}).notes if "without effect" in note]
     assert len(notes) == 1
     assert "context" in notes[0]
-    assert "parallel_config.vocab_emb_dp" in notes[0]
+    assert "parallel_config.micro_batch_num" in notes[0]
 
 
 def test_flag_over_environment_over_file(edited):
@@ -199,18 +199,21 @@ def test_one_rank_runs_with_use_parallel(edited):
             ("only_save_strategy: False", "only_save_strategy: True"),
             "only_save_strategy: got True, allowed: False",
         ),
-        (
-            {},
-            ("auto_trans_ckpt: False", "auto_trans_ckpt: True"),
-            "auto_trans_ckpt: got True, allowed: False",
-        ),
-        ({}, ("dir: ''", "dir: 's.ckpt'"), "src_strategy_path_or_dir: got 's.ckpt', allowed: ''"),
     ],
 )
 def test_more_than_one_rank_is_refused(edited, flags, replacement, message):
     with pytest.raises(ConfigError) as caught:
         config(flags, edited(replacement))
     assert f"edited.yaml: {message}" in str(caught.value)
+
+
+def test_how_a_split_checkpoint_is_read_comes_from_the_file_and_the_flags(edited):
+    file = edited(("dir: ''", "dir: 's.ckpt'"), ("auto_trans_ckpt: False", "auto_trans_ckpt: True"))
+    run = config({}, file)
+    assert (run.src_strategy, run.auto_trans_ckpt) == (Path("s.ckpt"), True)
+    run = config({"src_strategy": "other", "auto_trans_ckpt": False}, file)
+    assert (run.src_strategy, run.auto_trans_ckpt) == (Path("other"), False)
+    assert config().auto_trans_ckpt is None
 
 
 def test_the_flags_that_switch_ranks_off_outrank_the_file(edited):
@@ -236,3 +239,13 @@ def test_cache_memory_outranks_the_files_blocks(qwen):
     assert config({}, qwen).kv_cache_memory is None
     with pytest.raises(ConfigError, match="--kv_cache_memory: got '2G', allowed bytes"):
         config({"kv_cache_memory": "2G"}, qwen)
+
+
+def test_speculative_flags_are_a_speculative_config():
+    assert config().speculation() is None
+    flags = {"speculative_method": "ngram", "speculative_tokens": 4, "speculative_lookup_max": 3}
+    said = {"method": "ngram", "num_speculative_tokens": 4, "prompt_lookup_max": 3}
+    assert config(flags).speculation() == said
+    for flag, value in (("speculative_method", "eagle"), ("speculative_tokens", 33)):
+        with pytest.raises(ConfigError, match=f"--{flag}: got {value!r}, allowed"):
+            config({flag: value})

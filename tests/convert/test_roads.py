@@ -78,6 +78,17 @@ def test_the_config_survives(tmp_path, name, way):
     )
 
 
+def test_gguf_to_gguf_keeps_its_metadata(tmp_path):
+    from llm_boost.checkpoint.gguf_reader import GGUFFile
+
+    there = via(model_dir("llama3"), tmp_path, ["gguf", "gguf"])
+    assert differences(model_dir("llama3"), via(there, tmp_path / "back", ["hf"])) == []
+    one, other = (GGUFFile(path).metadata for path in (tmp_path / "step0" / "gguf.gguf", there))
+    assert set(one) == set(other)
+    for key, value in one.items():
+        np.testing.assert_array_equal(other[key], value)
+
+
 @pytest.mark.parametrize("layout", LAYOUTS)
 @pytest.mark.parametrize("way", WAYS[1:3])
 def test_concatenated_and_taken_apart(tmp_path, layout, way):

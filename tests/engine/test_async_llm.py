@@ -13,7 +13,7 @@ from engine_fakes import FakeRunner, fake_llm
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from llm_boost import LLM, AsyncLLM, RequestOutput, SamplingParams
+from llm_boost import LLM, AsyncLLM, RequestOutput, SamplingParams, StructuredOutputsParams
 from llm_boost.engine.batch import Batch, FloatArray
 from llm_boost.errors import EngineError, RequestError
 
@@ -413,3 +413,53 @@ def test_whatever_readers_do_every_block_comes_back(
         )
 
     serve(engine, work)
+
+
+def test_three_hundred_readers_with_every_wish_and_some_faults() -> None:
+    """Slow readers, rules, scored prompts, and requests that fail among the others: all get their own."""
+    runner = FakeRunner(num_blocks=300)
+    runner.poisoned_tokens = {99}  # a prompt that ends with it gets NaN
+    wishes: list[dict[str, Any]] = [
+        {},
+        {"n": 2},
+        {"prompt_logprobs": 1},
+        {"logprobs": 2},
+        {"structured_outputs": StructuredOutputsParams(regex="[d-f]{4}")},
+        {"best_of": 3},
+        {"bad_words": ["k"]},
+    ]
+
+    def params(number: int) -> SamplingParams:
+        never = {99: -100.0}
+        return SamplingParams(
+            temperature=1, seed=number, max_tokens=12, logit_bias=never, **wishes[number % len(wishes)]
+        )
+
+    def prompt(number: int) -> Any:
+        return {"prompt_token_ids": [2 + number % 90, 5, 6, 99 if number % 50 == 49 else 7]}
+
+    async def one(engine: AsyncLLM, number: int) -> list[str] | str:
+        texts = []
+        try:
+            async for output in engine.generate(prompt(number), params(number)):
+                texts = [completion.text for completion in output.outputs]
+                if number % 3 == 0:
+                    await asyncio.sleep(0.002)
+        except EngineError as error:
+            return str(error)
+        return texts
+
+    engine = AsyncLLM(fake_llm(runner, max_num_seqs=32, max_num_batched_tokens=64))
+    results: list[list[str] | str] = []
+
+    async def work() -> None:
+        results.extend(await asyncio.gather(*(one(engine, number) for number in range(300))))
+
+    serve(engine, work)
+    alone = fake_llm(FakeRunner(num_blocks=300))
+    for number, result in enumerate(results):
+        if number % 50 == 49:
+            assert "NaN" in result
+        else:
+            (output,) = alone.generate(prompt(number), params(number))
+            assert result == [completion.text for completion in output.outputs]

@@ -6,10 +6,11 @@ import gc
 from typing import Any
 
 import pytest
-from engine_fakes import FakeRunner
+from engine_fakes import FakeRunner, fake_parts
 
 from llm_boost import LLM
 from llm_boost.engine import llm as llm_module
+from llm_boost.engine.llm import check_same_vocabulary
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.errors import ConfigError, EngineError, RequestError
 
@@ -50,8 +51,10 @@ def test_each_prompt_may_have_its_own_parameters(make_llm):
 
 def test_the_model_says_how_it_wants_to_be_sampled(make_llm):
     config = {"temperature": 0.6, "top_p": 0.9, "top_k": 20, "repetition_penalty": 1.05, "max_length": 99}
-    params = make_llm(generation_config=config).default_sampling_params()
-    assert params == SamplingParams(temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.05)
+    params = make_llm(generation_config=config | {"max_new_tokens": 7}).default_sampling_params()
+    assert params == SamplingParams(
+        temperature=0.6, top_p=0.9, top_k=20, repetition_penalty=1.05, max_tokens=7
+    )
     assert make_llm().default_sampling_params() == SamplingParams()
     llm = make_llm(generation_config={"temperature": 0.6, "do_sample": False})
     assert (
@@ -216,3 +219,125 @@ def test_scheduling_terms_reach_the_scheduler(make_llm: Any) -> None:
     assert len(output.outputs[0].token_ids) == 5
     with pytest.raises(ConfigError, match="template_type: got 'standard'"):
         make_llm(template_type="standard")
+
+
+def test_a_draft_model_has_the_models_vocabulary() -> None:
+    target, smaller, other = fake_parts(), fake_parts(FakeRunner(vocab_size=100)), fake_parts()
+    other.tokenizer.encode = lambda text: [ord(c) + 1 for c in text]
+    check_same_vocabulary("DIR", fake_parts(FakeRunner(vocab_size=130)), target)
+    with pytest.raises(ConfigError, match="DIR has 100 tokens, allowed at least the model's 128"):
+        check_same_vocabulary("DIR", smaller, target)
+    with pytest.raises(ConfigError, match=r"DIR cuts .* into other tokens than the model"):
+        check_same_vocabulary("DIR", other, target)
+
+
+def test_plugin_params_ask_for_what_mindie_means(make_llm: Any) -> None:
+    speculator = make_llm(plugin_params='{"plugin_type": "la", "level": 7}').engine._speculator
+    assert speculator._most == 6
+    assert make_llm(plugin_params='{"plugin_type": "prefix_cache"}').engine._speculator is None
+    make_llm(plugin_params='{"plugin_type": "splitfuse"}')
+    with pytest.raises(ConfigError, match="template_type: got 'Standard', allowed 'Mix' with splitfuse"):
+        make_llm(plugin_params='{"plugin_type": "splitfuse"}', template_type="Standard")
+    with pytest.raises(ConfigError, match="speculative_config: given beside plugin_params"):
+        make_llm(plugin_params='{"plugin_type": "la"}', speculative_config={"method": "ngram"})
+
+
+def test_bad_words_are_not_written(make_llm):
+    """Whole words, also when their first letters are free: only what completes one is forbidden."""
+    llm = make_llm(FakeRunner(max_model_len=256))
+    plain = llm.generate("x", GREEDY)[0].outputs[0].text
+    bad = [plain[1:3], plain[0]]
+    text = llm.generate("x", SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, bad_words=bad))
+    assert not any(word in text[0].outputs[0].text for word in bad)
+    with pytest.raises(RequestError, match=r"bad_words: got 'a string of 1001 characters'"):
+        SamplingParams(bad_words=["x" * 1001])
+
+
+def test_allowed_token_ids_are_all_there_is(make_llm):
+    llm = make_llm()
+    params = SamplingParams(temperature=2, max_tokens=30, ignore_eos=True, allowed_token_ids=[65, 70, 127])
+    assert set(llm.generate("x", params)[0].outputs[0].token_ids) == {65, 70, 127}
+    for ids in ([], [-1], "ab"):
+        with pytest.raises(RequestError, match="allowed_token_ids: got"):
+            SamplingParams(allowed_token_ids=ids)
+    with pytest.raises(RequestError, match=r"allowed_token_ids: got token id 128, allowed 0\.\.127"):
+        llm.generate("x", SamplingParams(allowed_token_ids=[128]))
+
+
+def test_the_best_of_several_come_back_best_first(make_llm):
+    llm = make_llm()
+    asked = {"temperature": 1.5, "seed": 4, "max_tokens": 6, "ignore_eos": True}
+    (every,) = llm.generate("x", SamplingParams(n=6, logprobs=0, **asked))
+    ranked = sorted(every.outputs, key=lambda c: -c.cumulative_logprob)
+    (best,) = llm.generate("x", SamplingParams(n=2, best_of=6, **asked))
+    assert [c.text for c in best.outputs] == [c.text for c in ranked[:2]]
+    assert [c.index for c in best.outputs] == [0, 1]
+    assert best.outputs[0].cumulative_logprob == pytest.approx(ranked[0].cumulative_logprob)
+    assert best.outputs[0].logprobs is None
+    assert len(list(llm.stream("x", SamplingParams(best_of=3, **asked)))) == 1
+    for wrong in (0, 1, 129):
+        with pytest.raises(RequestError, match="best_of: got"):
+            SamplingParams(n=2, best_of=wrong)
+
+
+@pytest.mark.parametrize(("keep", "kept"), [(3, 3), (100, 20), (-1, 20), (None, 20)])
+def test_a_prompt_is_truncated_from_the_left(make_llm, keep, kept):
+    prompt = {"prompt_token_ids": list(range(40, 60))}
+    params = SamplingParams(temperature=0, max_tokens=2, truncate_prompt_tokens=keep)
+    assert make_llm().generate(prompt, params)[0].prompt_token_ids == list(range(60 - kept, 60))
+
+
+def test_truncation_makes_room_for_the_answer(make_llm):
+    llm = make_llm(FakeRunner(max_model_len=64))
+    params = SamplingParams(temperature=0, max_tokens=10, ignore_eos=True, truncate_prompt_tokens=-1)
+    (output,) = llm.generate({"prompt_token_ids": [5] * 200}, params)
+    assert (len(output.prompt_token_ids), len(output.outputs[0].token_ids)) == (54, 10)
+    for wrong in (0, -2, True, "x"):
+        with pytest.raises(RequestError, match="truncate_prompt_tokens: got"):
+            SamplingParams(truncate_prompt_tokens=wrong)
+
+
+def test_without_detokenising_there_are_ids_alone(make_llm):
+    llm = make_llm()
+    params = SamplingParams(temperature=0, max_tokens=12, ignore_eos=True, detokenize=False)
+    completion = llm.generate("x", params)[0].outputs[0]
+    assert completion.text == ""
+    assert completion.token_ids == llm.generate("x", GREEDY)[0].outputs[0].token_ids
+    with pytest.raises(RequestError, match="stop: allowed with detokenize=True"):
+        SamplingParams(detokenize=False, stop="a")
+
+
+def test_vllms_names_for_what_an_llm_is_made_of(make_llm):
+    llm = make_llm(generation_config={"temperature": 0.25})
+    assert llm.get_tokenizer() is llm.tokenizer
+    assert llm.get_default_sampling_params().temperature == 0.25
+
+
+def test_a_final_message_goes_on(make_llm):
+    llm = make_llm()
+    talk = [{"role": "user", "content": "Hi"}, {"role": "assistant", "content": "Hel "}]
+    (output,) = llm.chat(talk, GREEDY, add_generation_prompt=False, continue_final_message=True)
+    assert output.prompt == "user:Hi;assistant:Hel"
+    with pytest.raises(
+        RequestError, match="continue_final_message: allowed with add_generation_prompt=False"
+    ):
+        llm.chat(talk, GREEDY, continue_final_message=True)
+    with pytest.raises(RequestError, match="does not show the last message"):
+        llm.chat(
+            [{"role": "user", "content": ""}],
+            GREEDY,
+            add_generation_prompt=False,
+            continue_final_message=True,
+        )
+
+
+def test_priorities_of_prompts(make_llm):
+    llm = make_llm(max_num_seqs=1)
+    order = [
+        output.prompt
+        for output in llm._outbox.open(llm._add(["a", "b", "c"], GREEDY, stream=False, priority=[3, 1, 2]))
+    ]
+    assert order == ["b", "c", "a"]
+    assert [output.prompt for output in llm.generate(["a", "b"], GREEDY, priority=[2, 1])] == ["a", "b"]
+    with pytest.raises(RequestError, match=r"priority: got 1, allowed one, or one a prompt \(2\)"):
+        llm.generate(["a", "b"], GREEDY, priority=[1])

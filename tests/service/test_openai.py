@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+from concurrent.futures import ThreadPoolExecutor
 
 import openai
 import pytest
@@ -153,6 +154,15 @@ def test_unknown_fields_and_null_are_no_faults(live: Live) -> None:
 def test_the_request_id_comes_back(live: Live) -> None:
     assert live.get("/v1/models", headers={"x-request-id": "mine-1"}).headers["x-request-id"] == "mine-1"
     assert live.get("/v1/models", headers={"x-request-id": "a b"}).headers["requestuuid"] != "a b"
+
+
+def test_one_request_id_on_many_requests_at_a_time(live: Live) -> None:
+    def ask(number: int) -> int:
+        body = {"prompt": "hello", "max_tokens": 60, "ignore_eos": True}
+        return live.post("/v1/completions", body, headers={"x-request-id": "same"}).status_code
+
+    with ThreadPoolExecutor(4) as pool:
+        assert list(pool.map(ask, range(8))) == [200] * 8
 
 
 def test_events_are_server_sent(live: Live) -> None:

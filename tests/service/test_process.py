@@ -6,6 +6,7 @@ import contextlib
 import json
 import os
 import re
+import shlex
 import shutil
 import signal
 import subprocess
@@ -19,6 +20,7 @@ import pytest
 
 from golden import model_dir
 
+ROOT = Path(__file__).parents[2]
 YAML = """
 load_checkpoint: '{folder}/qwen2_7b_ckpt_dir'
 use_parallel: False
@@ -73,39 +75,57 @@ def mindie_folder(tmp_path: Path) -> Path:
 
 
 def seed_config(folder: Path) -> dict:
-    """The config.json of the page on llm_boost, its model path and its ports (they must be free) changed."""
+    """The config.json of the page on llm_boost, unchanged but for its model path."""
     text = (Path(__file__).parent / "seed_config.json").read_text()
     config = json.loads(text)
     config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["modelWeightPath"] = str(folder)
-    config["BackendConfig"]["ModelDeployConfig"]["ModelConfig"][0]["npuMemSize"] = 1
-    config["BackendConfig"]["ModelDeployConfig"]["maxSeqLen"] = 512
-    config["BackendConfig"]["ModelDeployConfig"]["maxInputTokenLen"] = 256
     return config
 
 
 PORTS = ("--port", "0", "--management_port", "0", "--metrics_port", "0")
 
 
-def test_the_seed_page(tmp_path: Path, packed: Path) -> None:
-    """Its config.json starts the service, and its curl gets its answer."""
+def command_of_the_page(beginning: str) -> list[str]:
+    """A command of docs/coming-from-mindformers-and-mindie.md, the one here that begins so."""
+    page = (ROOT / "docs" / "coming-from-mindformers-and-mindie.md").read_text("utf-8")
+    blocks = re.findall(r"```bash\n(.*?)```", page, re.DOTALL)
+    (block,) = [block for block in blocks if block.startswith(beginning)]
+    return shlex.split(block.replace("\\\n", " "), comments=True)
+
+
+def test_the_page_on_serving(tmp_path: Path, packed: Path) -> None:
+    """The old page's config.json starts the service, and its curl gets its answer."""
     path = tmp_path / "config.json"
     path.write_text(json.dumps(seed_config(mindie_folder(tmp_path))))
-    with served("--config", str(path), *PORTS, cache=packed) as (process, address):
-        curl = [
-            "curl", "-s", "-w", "\ntime_total=%{time_total}\n", "-H", "Accept: application/json",
-            "-H", "Content-type: application/json", "-X", "POST",
-            "-d", '{"inputs": "帮我制定一份去上海的旅游攻略","stream": false}', f"{address}/generate",
-        ]  # fmt: skip
+    program, *arguments = command_of_the_page("llm-boost serve --config")
+    assert program == "llm-boost"
+    arguments = [str(path) if word == "config.json" else word for word in arguments[1:3]]
+    with served(*arguments, *PORTS, cache=packed) as (process, address):
+        curl = command_of_the_page("curl -w")
+        assert curl[-1] == "http://127.0.0.1:1025/generate"
+        content = curl[curl.index("-d") + 1]
         if shutil.which("curl"):
+            curl[-1] = f"{address}/generate"
             answer = subprocess.run(curl, capture_output=True, text=True, check=True).stdout
             assert json.loads(answer.splitlines()[0])["generated_text"]
             assert answer.splitlines()[-1].startswith("time_total=")
-        answer = httpx.post(
-            f"{address}/generate", json={"inputs": "帮我制定一份去上海的旅游攻略", "stream": False}
-        )
-        assert list(answer.json()) == ["generated_text"]
+        assert list(httpx.post(f"{address}/generate", content=content).json()) == ["generated_text"]
         process.send_signal(signal.SIGTERM)
         assert process.wait(20) == 0
+
+
+def test_the_page_on_predicting(tmp_path: Path, packed: Path) -> None:
+    folder = mindie_folder(tmp_path)
+    names = {
+        "llm-boost": [sys.executable, "-m", "llm_boost.cli.main"],
+        "./predict_qwen2_7b_instruct_llm_boost.yaml": [str(next(folder.glob("*.yaml")))],
+        "/path/model_dir": [str(folder / "qwen2_7b_ckpt_dir")],
+    }
+    words = command_of_the_page("llm-boost predict \\\n  --predict_data")
+    command = [part for word in words for part in names.get(word, [word])]
+    command += ["--max_new_tokens", "4", "--cache_dir", str(packed)]
+    result = subprocess.run(command, capture_output=True, text=True, cwd=tmp_path, check=True)
+    assert result.stdout.count("帮我制定一份去上海的旅游攻略") == 4  # --batch_size 4
 
 
 def test_sigterm_drains_and_a_second_one_ends_at_once(packed: Path) -> None:

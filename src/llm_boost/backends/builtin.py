@@ -13,7 +13,7 @@ from llm_boost.errors import ConfigError, LLMBoostError, TokenizerError
 
 if TYPE_CHECKING:
     from llm_boost.config.llm_boost_yaml import LlmBoostYaml
-    from llm_boost.config.run_config import Resolved
+    from llm_boost.config.run_config import Resolved, RunConfig
     from llm_boost.engine.llm import LLM
     from llm_boost.engine.outputs import RequestOutput
     from llm_boost.engine.prompts import Prompt
@@ -52,7 +52,7 @@ class BuiltinBackend:
     def load(
         cls, run: Resolved, options: Mapping[str, Any], progress: Progress | None = None
     ) -> BuiltinBackend:
-        llm = load_llm(run, progress, **options)
+        llm = load_llm(run, progress, **_fitted(run, options))
         if llm.tokenizer.chat_template is not None:
             with contextlib.suppress(
                 LLMBoostError
@@ -104,6 +104,46 @@ class BuiltinBackend:
         self._engine.close()
 
 
+def _fitted(run: Resolved, options: Mapping[str, Any]) -> dict[str, Any]:
+    """The options, with wishes cut to what the model and this machine have; what was cut is noted."""
+    from llm_boost.engine.hardware import available_memory
+
+    fitted = dict(options)
+    length = fitted.pop("max_model_len_at_most", None)
+    if length is not None and "max_model_len" not in fitted:
+        most = min(_longest(run), run.config.seq_length or length)
+        fitted["max_model_len"] = min(length, most)
+        if length > most:
+            run.notes.append(f"maxSeqLen {length} is cut to {most}, which the model is made for")
+    memory = fitted.pop("kv_cache_memory_at_most", None)
+    if memory is not None:
+        if memory <= available_memory() // 2:
+            fitted["kv_cache_memory"] = memory
+        else:
+            run.notes.append(
+                f"npuMemSize {memory >> 30} GB is more than half of the free memory: "
+                "the KV cache is sized automatically"
+            )
+    return fitted
+
+
+def _longest(run: Resolved) -> int:
+    """Tokens of prompt and output that the model was made for."""
+    from llm_boost.checkpoint import open_checkpoint
+    from llm_boost.models.config import ModelConfig
+
+    hf_config = None
+    if run.yaml is not None:
+        from llm_boost.config.shapes import to_hf_config
+
+        hf_config = to_hf_config(run.yaml)
+    checkpoint = open_checkpoint(find_model(run.config.model, run.config.cache_dir), hf_config)
+    try:
+        return ModelConfig.from_hf(checkpoint.config, str(checkpoint.path)).max_model_len
+    finally:
+        checkpoint.close()
+
+
 def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_options: Any) -> LLM:
     """Loads the model that the configuration names; raises CheckpointError or ConfigError.
 
@@ -117,7 +157,9 @@ def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_opti
         from llm_boost.config.shapes import to_hf_config
 
         hf_config = to_hf_config(resolved.yaml)
-        _check_against_checkpoint(resolved.yaml, path, hf_config)
+    _check_ranks(resolved, path)
+    if resolved.yaml is not None and hf_config is not None:
+        _check_against_checkpoint(resolved.yaml, path, hf_config, config.src_strategy)
     overrides = config.tokenizer_overrides
     if overrides and path.suffix == ".gguf" and config.vocab_file is None and config.merges_file is None:
         resolved.notes.append(
@@ -128,6 +170,7 @@ def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_opti
 
     options: dict[str, Any] = {
         "dtype": config.dtype,
+        "kv_cache_dtype": config.kv_cache_dtype,
         "max_model_len": config.seq_length,
         "threads": config.threads,
         "seed": config.seed,
@@ -135,14 +178,24 @@ def load_llm(resolved: Resolved, progress: Progress | None = None, **engine_opti
         "block_size": config.block_size,
         "num_blocks": config.num_blocks,
         "kv_cache_memory": config.kv_cache_memory,
+        "speculative_config": _speculation(config),
         "vocab_file": config.vocab_file,
         "merges_file": config.merges_file,
         "tokenizer_overrides": overrides or None,
+        "src_strategy": config.src_strategy,
         "hf_config": hf_config,
         "progress": progress,
     }
     with naming_origins(resolved):
         return LLM(model=path, **{**options, **engine_options})
+
+
+def _speculation(config: RunConfig) -> dict[str, Any] | None:
+    """The speculative_config, in which a pulled model's name has become its path."""
+    said = config.speculation()
+    if said and said.get("model"):
+        said["model"] = str(find_model(said["model"], config.cache_dir))
+    return said
 
 
 @contextlib.contextmanager
@@ -160,11 +213,30 @@ def naming_origins(resolved: Resolved) -> Iterator[None]:
         raise TokenizerError(f"{resolved.yaml.path}: {error}") from None
 
 
-def _check_against_checkpoint(yaml_config: LlmBoostYaml, path: Path, hf_config: dict[str, Any]) -> None:
+def _check_ranks(resolved: Resolved, path: Path) -> None:
+    """A checkpoint in rank folders is merged as it is read, unless auto_trans_ckpt says that it must fit."""
+    from llm_boost.checkpoint.parallel.split_weights import is_split
+
+    config, origins = resolved.config, resolved.origins
+    if not is_split(path):
+        if config.src_strategy is not None:
+            resolved.notes.append(
+                f"{origins.get('src_strategy')}: without effect, since {path} is not split into ranks"
+            )
+    elif config.auto_trans_ckpt is False:
+        raise ConfigError(
+            f"{origins.get('auto_trans_ckpt')}: got False, but {path} is split into ranks and this is one: "
+            "set it to True, or merge the checkpoint with llm-boost transform"
+        )
+
+
+def _check_against_checkpoint(
+    yaml_config: LlmBoostYaml, path: Path, hf_config: dict[str, Any], src_strategy: Path | None
+) -> None:
     from llm_boost.checkpoint.checkpoint import open_checkpoint
     from llm_boost.config.shapes import check_shapes
 
-    checkpoint = open_checkpoint(path, hf_config)
+    checkpoint = open_checkpoint(path, hf_config, src_strategy=src_strategy)
     try:
         config_file = path if checkpoint.format == "gguf" else checkpoint.folder / "config.json"
         check_shapes(yaml_config, checkpoint.config, config_file)

@@ -18,7 +18,7 @@ from llm_boost.errors import ConfigError
 from llm_boost.models.packing import BLOCK_ROWS
 
 FORMATS = ("float32", "bfloat16", "int8", "int6", "int4")
-CACHES = ("float32", "bfloat16")
+CACHES = ("float32", "int16", "int8")
 BLOCK_SIZE = 32
 # A step passes through so many bytes that no cache has them from the step before. Beyond FEW_TOKENS
 # arithmetic is the limit of a linear, and one matrix will do.
@@ -173,8 +173,8 @@ def _attentions(
     sample: _Sampler, isas: Sequence[str], shape: Shape, fmt: str, context: int
 ) -> Iterator[Measured]:
     """One token that looks back on `context`, and a prompt of that length; with rotation and cache writes."""
-    element = 4 if fmt == "float32" else 2
-    layer_bytes = 2 * shape.kv_heads * shape.head_dim * context * element
+    block_bytes = _native.cache_block_bytes(fmt, 1, shape.kv_heads, shape.head_dim, BLOCK_SIZE)
+    layer_bytes = block_bytes * context // BLOCK_SIZE
     pair = 4.0 * shape.heads * shape.head_dim  # operations for a query and a key: q k and p v
     for isa in isas:
         layers = -(-STREAMED_BYTES // layer_bytes)

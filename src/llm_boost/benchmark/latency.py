@@ -13,7 +13,13 @@ from llm_boost.benchmark.dummy import planned_bytes
 from llm_boost.benchmark.subject import MADE_DTYPE, Room, Subject
 from llm_boost.engine.batch import Batch, Int32Array
 from llm_boost.engine.hardware import available_memory
-from llm_boost.engine.native_runner import DEFAULT_BLOCK_SIZE, NativeRunner, Progress, cache_block_bytes
+from llm_boost.engine.native_runner import (
+    DEFAULT_BLOCK_SIZE,
+    NativeRunner,
+    Progress,
+    cache_block_bytes,
+    resolve_kv_cache_dtype,
+)
 from llm_boost.errors import ConfigError
 from llm_boost.models.config import ModelConfig
 
@@ -97,7 +103,7 @@ def make_cases(
 
 
 def fitting_cases(
-    cases: Sequence[Case], config: ModelConfig, dtypes: Sequence[str]
+    cases: Sequence[Case], config: ModelConfig, dtypes: Sequence[str], kv_cache_dtype: str = "auto"
 ) -> tuple[list[Case], dict[Case, str]]:
     """The cases that model and memory have room for, and why the others have to be left out.
 
@@ -107,7 +113,8 @@ def fitting_cases(
     names = [MADE_DTYPE if dtype == "auto" else dtype for dtype in dtypes]
     weights = sum(planned_bytes(config, name) for name in names)
     memory = int(MEMORY_SHARE * available_memory()) - weights
-    block = sum(cache_block_bytes(config, name, DEFAULT_BLOCK_SIZE) for name in names)
+    caches = [resolve_kv_cache_dtype(kv_cache_dtype, name) for name in names]
+    block = sum(cache_block_bytes(config, cache, DEFAULT_BLOCK_SIZE) for cache in caches)
     reasons = {}
     for case in cases:
         length, cache = case.depth + case.tokens, block * case.blocks

@@ -32,7 +32,9 @@ class Limits:
         return {kind: rate for kind, rate in rates.items() if rate is not None}
 
     def dot_rate(self, dtype: str) -> float:
-        """Of the products that a model or matrix of `dtype` is computed with."""
+        """Of the products that a model, matrix or cache of `dtype` is computed with."""
+        if dtype == "int16":  # half as many fit a register
+            return self.dot_rate("int8") / 2
         return next(self.dot_rates[k] for k in DOT_KINDS.get(dtype, ("int8", "fp32")) if k in self.dot_rates)
 
 

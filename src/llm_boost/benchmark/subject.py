@@ -24,6 +24,7 @@ from llm_boost.engine.native_runner import (
     Progress,
     cache_block_bytes,
     choose_isa,
+    resolve_kv_cache_dtype,
 )
 from llm_boost.errors import ConfigError
 from llm_boost.models.config import ModelConfig, expected_tensors
@@ -109,6 +110,7 @@ def load_subject(
     room: Room,
     *,
     dtype: str,
+    kv_cache_dtype: str = "auto",
     dummy: bool,
     threads: int | None,
     cache_dir: Path,
@@ -120,13 +122,14 @@ def load_subject(
         CheckpointError: the model cannot be read. ConfigError: it does not fit the memory.
     """
     if dummy:
-        return Subject(_make(config, room, dtype, threads), None)
+        return Subject(_make(config, room, dtype, kv_cache_dtype, threads), None)
 
     def load() -> NativeRunner:
         runner = NativeRunner.load(
             open_checkpoint(path),
             config,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             cache_dir=cache_dir,
             progress=progress,
@@ -171,13 +174,17 @@ def _one_token() -> Batch:
     return Batch(zero, np.array([0, 1], np.int32), one, one, zero[None], zero)
 
 
-def _make(config: ModelConfig, room: Room, dtype: str, threads: int | None) -> NativeRunner:
+def _make(
+    config: ModelConfig, room: Room, dtype: str, kv_cache_dtype: str, threads: int | None
+) -> NativeRunner:
     dtype = MADE_DTYPE if dtype == "auto" else dtype
-    cache_bytes = room["num_blocks"] * cache_block_bytes(config, dtype, DEFAULT_BLOCK_SIZE)
+    kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
+    cache_bytes = room["num_blocks"] * cache_block_bytes(config, kv_cache_dtype, DEFAULT_BLOCK_SIZE)
     return NativeRunner(
         config,
         dummy_model(config, dtype, cache_bytes),
         dtype=dtype,
+        kv_cache_dtype=kv_cache_dtype,
         threads=threads or default_threads(),
         isa=choose_isa(),
         **room,

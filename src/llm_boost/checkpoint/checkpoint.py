@@ -81,13 +81,17 @@ class Checkpoint(Protocol):
 
 
 def open_checkpoint(
-    path: str | Path, hf_config: Mapping[str, Any] | None = None, qkv_layout: str | None = None
+    path: str | Path,
+    hf_config: Mapping[str, Any] | None = None,
+    qkv_layout: str | None = None,
+    src_strategy: str | Path | None = None,
 ) -> Checkpoint:
     """Opens a Hugging Face directory, a GGUF file, MindSpore's `.ckpt` or safetensors, or a directory of one;
     a directory of Meta's `consolidated.*.pth`, or of packed weights.
 
     `hf_config` stands in for config.json where weights have none beside them. `qkv_layout` is that of a
-    MindFormers checkpoint with concatenated weights (`mindformers_names.LAYOUTS`).
+    MindFormers checkpoint with concatenated weights (`mindformers_names.LAYOUTS`). A folder of several ranks
+    is merged as it is read, by `src_strategy`, its manifests, or the strategy that lies beside it.
 
     Raises:
         CheckpointError: nothing there, a format not supported, or a file that is damaged.
@@ -97,6 +101,8 @@ def open_checkpoint(
         if path.is_file():
             return _open_file(path, hf_config, qkv_layout)
         names = sorted(entry.name for entry in path.iterdir())
+        if sum(1 for name in names if re.fullmatch(r"rank_\d+", name)) > 1:
+            return _open_ranks(path, hf_config, qkv_layout, src_strategy)
         return _open_directory(path, names, hf_config, qkv_layout)
     except (OSError, ValueError) as error:
         if isinstance(error, CheckpointError):
@@ -153,6 +159,26 @@ def _open_directory(
             f"{path}: the directory is empty; it must hold config.json and *.safetensors, or a .gguf"
         )
     raise CheckpointError(f"{path}: no *.safetensors, pytorch_model*.bin, .ckpt or .gguf file there")
+
+
+def _open_ranks(
+    path: Path,
+    hf_config: Mapping[str, Any] | None,
+    qkv_layout: str | None,
+    src_strategy: str | Path | None,
+) -> Checkpoint:
+    from llm_boost.checkpoint.huggingface import HuggingFaceCheckpoint
+    from llm_boost.checkpoint.mindformers import MindFormersCheckpoint
+    from llm_boost.checkpoint.mindformers_names import is_mindformers
+    from llm_boost.checkpoint.parallel.source import beside, joined_rows
+    from llm_boost.checkpoint.parallel.split_weights import SplitWeights
+    from llm_boost.checkpoint.parallel.strategy_files import read_strategy
+
+    strategy = read_strategy(src_strategy) if src_strategy is not None else None
+    weights = SplitWeights(path, strategy, joined_rows(path, qkv_layout, beside(path) or hf_config))
+    if weights.shards[0].path.suffix == ".ckpt" or is_mindformers(weights.tensors):
+        return MindFormersCheckpoint(path, weights, hf_config, qkv_layout)
+    return HuggingFaceCheckpoint(path, weights, hf_config)
 
 
 def _open_weights(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from llm_boost.checkpoint.fields import read_json_object, shown
 from llm_boost.checkpoint.group_quants import QuantizedLinears, read_quantization
-from llm_boost.checkpoint.weight_files import WeightFiles
+from llm_boost.checkpoint.weight_files import Weights
 from llm_boost.errors import CheckpointError
 
 SHARD = re.compile(r"(.*)-(\d{5})-of-(\d{5})\.safetensors")
@@ -27,7 +27,7 @@ class HuggingFaceCheckpoint:
 
     format = "huggingface"
 
-    def __init__(self, path: Path, files: WeightFiles, hf_config: Mapping[str, Any] | None = None) -> None:
+    def __init__(self, path: Path, files: Weights, hf_config: Mapping[str, Any] | None = None) -> None:
         self.path = self.folder = path
         self.config = read_config(path, hf_config)
         self.generation_config = read_generation_config(path)

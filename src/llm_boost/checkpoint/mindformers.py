@@ -21,14 +21,14 @@ from llm_boost.checkpoint.mindformers_names import (
     hf_name,
     row_order,
 )
-from llm_boost.checkpoint.weight_files import WeightFiles
+from llm_boost.checkpoint.weight_files import Weights
 from llm_boost.errors import CheckpointError
 
 RANK_FOLDER = re.compile(r"rank_(\d+)")
 
 
 class MindFormersCheckpoint:
-    """A complete checkpoint (one rank's folder at most), its tensors under Hugging Face's names.
+    """A checkpoint, complete or of several ranks, its tensors under Hugging Face's names.
 
     The configuration is that of the config.json beside the weights or one folder above (above `rank_0` two);
     `hf_config` stands in where there is none. `qkv_layout` says how rows of a concatenated w_qkv and
@@ -40,7 +40,7 @@ class MindFormersCheckpoint:
     def __init__(
         self,
         path: Path,
-        files: WeightFiles,
+        files: Weights,
         hf_config: Mapping[str, Any] | None = None,
         qkv_layout: str | None = None,
     ) -> None:
@@ -167,11 +167,6 @@ def rank_files(path: Path) -> list[Path]:
     own = sorted(path.glob("*.ckpt"))
     if own and ranks:
         raise CheckpointError(f"{path}: holds both {own[0].name} and {ranks[0].name}; name the one to use")
-    if len(ranks) > 1:
-        raise CheckpointError(
-            f"{path}: holds {len(ranks)} rank folders of a split checkpoint; merge them first with "
-            "llm-boost transform"
-        )
     if ranks:
         own = sorted(file for kind in ("*.ckpt", "*.safetensors") for file in ranks[0].glob(kind))[-1:]
         if not own:

@@ -13,7 +13,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -228,6 +228,18 @@ def write_ckpt(
         CheckpointError: a type that MindSpore lacks, a folder that cannot be written to, a full disk.
         ValueError: `tensors` are not those of `specs`.
     """
+    for _ in ckpt_steps(path, specs, tensors, progress, verify):
+        pass
+
+
+def ckpt_steps(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterator[tuple[str, Rows]],
+    progress: Progress | None = None,
+    verify: Callable[[Path], object] | None = None,
+) -> Generator[None, None, None]:
+    """`write_ckpt`, a tensor a step, for files written side by side; closed early it undoes all."""
     for spec in specs:
         if spec.dtype not in _NAMES_OF_TYPES:
             raise CheckpointError(
@@ -239,6 +251,7 @@ def write_ckpt(
     with whole_file(path, total, progress, verify) as file:
         for spec in specs:
             _write_tensor(file, spec, next(tensors, None))
+            yield
         if next(tensors, None) is not None:
             raise ValueError("more tensors came than were announced")
 

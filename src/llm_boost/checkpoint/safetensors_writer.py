@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import math
-from collections.abc import Callable, Iterator, Mapping, Sequence
+from collections.abc import Callable, Generator, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -50,12 +50,27 @@ def write_safetensors(
         CheckpointError: the folder cannot be written to, or the disk lacks the space (both sizes are named).
         ValueError: `tensors` are not those of `specs`.
     """
+    for _ in safetensors_steps(path, specs, tensors, metadata, progress, alignment, verify):
+        pass
+
+
+def safetensors_steps(
+    path: Path,
+    specs: Sequence[TensorSpec],
+    tensors: Iterator[tuple[str, Rows]],
+    metadata: Mapping[str, str] | None = None,
+    progress: Progress | None = None,
+    alignment: int = ALIGNMENT,
+    verify: Callable[[Path], object] | None = None,
+) -> Generator[None, None, None]:
+    """`write_safetensors`, a tensor a step, for files written side by side; closed early it undoes all."""
     header, starts, total = _layout(specs, dict(metadata or {}), alignment)
     with whole_file(path, total, progress, verify) as file:
         file.write(header)
         for spec, start in zip(specs, starts, strict=True):
             file.seek(start)
             _write_tensor(file, spec, next(tensors, None))  # a call of its own: nothing of it stays
+            yield
         if next(tensors, None) is not None:
             raise ValueError("more tensors came than were announced")
 

@@ -35,6 +35,25 @@ class Shard(Protocol):
     def close(self) -> None: ...
 
 
+class Weights(Protocol):
+    """The weights of a checkpoint, in whatever files, under the files' own names."""
+
+    @property
+    def tensors(self) -> Mapping[str, TensorInfo]: ...
+
+    def read(self, name: str) -> NDArray[Any]: ...
+
+    def stored(self, name: str) -> NDArray[Any]: ...
+
+    def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]: ...
+
+    def update_digest(self, digest: hashlib._Hash) -> None: ...
+
+    def forget(self) -> None: ...
+
+    def close(self) -> None: ...
+
+
 def open_shard(path: Path) -> Shard:
     """The file in its format, which its name tells."""
     if path.suffix in (".bin", ".pth"):
@@ -61,27 +80,25 @@ class WeightFiles:
 
     def read(self, name: str) -> NDArray[Any]:
         """The tensor as float32, float16 or bfloat16."""
-        return self._floats(name, self._shard(name).read(name))
+        shard = self.shard(name)
+        return as_floats(shard.read(name), name, shard.path)
 
     def stored(self, name: str) -> NDArray[Any]:
         """The tensor in whatever type it is stored."""
-        return self._shard(name).read(name)
+        return self.shard(name).read(name)
 
     def read_rows(self, name: str, start: int, stop: int) -> NDArray[Any]:
         """Rows [start, stop) of it; no others are read."""
-        shard = self._shard(name)
+        shard = self.shard(name)
         rows = (self.tensors[name].shape or (0,))[0]
         if not 0 <= start <= stop <= rows:
             raise ValueError(f"rows {start} to {stop} of {name}, which has {rows}")
-        return self._floats(name, shard.read_rows(name, start, stop))
+        return as_floats(shard.read_rows(name, start, stop), name, shard.path)
 
     def update_digest(self, digest: hashlib._Hash) -> None:
         """Adds what changes when the files do; reads no tensor."""
         for shard in self.shards:
-            stat = shard.path.stat()
-            digest.update(f"{shard.path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
-            if isinstance(shard, SafetensorsFile):
-                digest.update(shard.header)
+            update_digest(digest, shard)
 
     def forget(self) -> None:
         """See Checkpoint.forget."""
@@ -93,20 +110,31 @@ class WeightFiles:
         for shard in self.shards:
             shard.close()
 
-    def _shard(self, name: str) -> Shard:
+    def shard(self, name: str) -> Shard:
+        """The file that holds a tensor."""
         if name not in self._home:
             raise CheckpointError(f"{self.path}: has no tensor {shown(name)}")
         return self._home[name]
 
-    def _floats(self, name: str, tensor: NDArray[Any]) -> NDArray[Any]:
-        if tensor.dtype in FLOATS:
-            return tensor
-        if tensor.dtype == np.float64:
-            return tensor.astype(np.float32)
-        raise CheckpointError(
-            f"{self._home[name].path}: tensor {name} is {tensor.dtype}; weights must be float32, "
-            "float16 or bfloat16 (a quantised checkpoint can be read as GGUF)"
-        )
+
+def as_floats(tensor: NDArray[Any], name: str, path: Path) -> NDArray[Any]:
+    """Tensor `name` of `path` as float32, float16 or bfloat16; a CheckpointError for other types."""
+    if tensor.dtype in FLOATS:
+        return tensor
+    if tensor.dtype == np.float64:
+        return tensor.astype(np.float32)
+    raise CheckpointError(
+        f"{path}: tensor {name} is {tensor.dtype}; weights must be float32, "
+        "float16 or bfloat16 (a quantised checkpoint can be read as GGUF)"
+    )
+
+
+def update_digest(digest: hashlib._Hash, shard: Shard) -> None:
+    """Adds what changes when a file does; reads no tensor."""
+    stat = shard.path.stat()
+    digest.update(f"{shard.path.name} {stat.st_size} {stat.st_mtime_ns}\n".encode())
+    if isinstance(shard, SafetensorsFile):
+        digest.update(shard.header)
 
 
 def _locate(shards: list[Shard], index: Mapping[str, str] | None, path: Path) -> dict[str, Shard]:

@@ -121,7 +121,10 @@ def latency_command(
     dummy = load_format == "dummy"
     config = read_config(path, dummy=dummy)
     cases, without_room = fitting_cases(
-        make_cases(pp, pp_depth, tg, depth, batch), config, [c.dtype for c in configs]
+        make_cases(pp, pp_depth, tg, depth, batch),
+        config,
+        [c.dtype for c in configs],
+        configs[0].kv_cache_dtype,
     )
     for case, reason in without_room.items():
         note(f"left out: {case.name}: {reason}")
@@ -132,6 +135,7 @@ def latency_command(
                 config,
                 room_for(cases),
                 dtype=run.dtype,
+                kv_cache_dtype=run.kv_cache_dtype,
                 dummy=dummy,
                 threads=run.threads,
                 cache_dir=run.cache_dir,

@@ -20,6 +20,7 @@ if TYPE_CHECKING:
 
 FORMATS = ("hf", "mindspore-ckpt", "mindspore-safetensors", "gguf", "packed")
 SOURCES = ("hf", "mindspore-ckpt", "mindspore-safetensors", "gguf", "meta")
+GGUF_TYPES = ("F32", "F16", "BF16", "Q8_0", "Q4_0")
 LAYOUTS = ("grouped", "grouped_plain_bias", "plain")
 _BY_SUFFIX = {".gguf": "gguf", ".safetensors": "mindspore-safetensors"}
 _UNITS = {"": 1, "KB": 10**3, "MB": 10**6, "GB": 10**9, "KIB": 1 << 10, "MIB": 1 << 20, "GIB": 1 << 30}
@@ -61,7 +62,8 @@ Examples:
 @click.option("--reversed", "reversed_", is_flag=True, help="To Hugging Face, as --to hf.")
 @click.option(
     "--gguf_type",
-    type=click.Choice(["F32", "F16", "BF16", "Q8_0", "Q4_0"], case_sensitive=False),
+    type=click.Choice(GGUF_TYPES, case_sensitive=False),
+    metavar="|".join(GGUF_TYPES),
     help="Type of GGUF's matrices.",
 )
 @click.option(
@@ -75,6 +77,7 @@ Examples:
 @click.option(
     "--qkv_layout",
     type=click.Choice(LAYOUTS),
+    metavar="|".join(LAYOUTS),
     help="The order of their rows (default: as MindFormers writes the model's).",
 )
 @click.option(
@@ -88,10 +91,13 @@ Examples:
     default=False,
     help="The input is a LoRA adapter.",
 )
+@click.option("--max_shard_size", metavar="SIZE", help="Of Hugging Face's files (default: 5GB).")
 @click.option(
-    "--max_shard_size", default="5GB", metavar="SIZE", help="Of Hugging Face's files (default: 5GB)."
+    "--threads",
+    type=click.IntRange(1, 1024),
+    metavar="N",
+    help="For packing (default: the processor's cores).",
 )
-@click.option("--threads", type=click.IntRange(1, 1024), help="For packing (default: the processor's cores).")
 @click.option("--json", "as_json", is_flag=True, help="The result as a JSON object on stdout.")
 def convert_command(
     model: str | None,
@@ -106,7 +112,7 @@ def convert_command(
     qkv_layout: str | None,
     config_path: str | None,
     is_lora: bool,
-    max_shard_size: str,
+    max_shard_size: str | None,
     threads: int | None,
     as_json: bool,
 ) -> None:  # fmt: skip
@@ -117,8 +123,14 @@ def convert_command(
     """
     source, output = Path(input_path).expanduser(), Path(output_path).expanduser()
     to = _target(to, reversed_, output)
-    if gguf_type and to != "gguf":
-        raise ConfigError(f"--gguf_type: is for --to gguf, the target is {to}")
+    _refuse_idle(
+        to,
+        {
+            "gguf": ("gguf_type", gguf_type),
+            "packed": ("threads", threads),
+            "hf": ("max_shard_size", max_shard_size),
+        },
+    )
     hf_config = read_hf_config(config_path)
     from llm_boost.convert.convert import Options, convert, convert_ranks, rank_folders
 
@@ -126,10 +138,12 @@ def convert_command(
         if is_lora:
             from llm_boost.convert.lora import convert_adapter
 
-            if gguf_type or qkv_concat or qkv_layout:
-                raise ConfigError("--is_lora: an adapter has neither --gguf_type nor --qkv_concat")
+            if from_ or qkv_concat or qkv_layout or config_path or max_shard_size:
+                raise ConfigError("--is_lora: of an adapter --model, --dtype and --reversed or --to say all")
             result = convert_adapter(source, output, to, dtype, model)
         elif qkv_concat and to == "mindspore-ckpt" and len(rank_folders(source)) > 1:
+            if from_ not in (None, "mindspore-ckpt"):
+                raise ConfigError(f"--from: got {from_}, but {source} holds rank folders of MindSpore's")
             result = convert_ranks(source, output, hf_config, qkv_layout, dtype, bar)
         else:
             opened, layout = _open(source, from_, model, hf_config, qkv_concat, qkv_layout, to)
@@ -138,7 +152,7 @@ def convert_command(
                 dtype,
                 gguf_type and gguf_type.upper(),
                 layout,
-                _bytes(max_shard_size),
+                _bytes(max_shard_size or "5GB"),
                 threads or _cores(),
             )
             result = convert(opened, output, options, bar)
@@ -169,6 +183,13 @@ def _open(
             raise ConfigError("--qkv_concat: to take weights apart, give --model or --qkv_layout too")
         layout = default_layout(MODELS.get(model, ("",))[0])
     return open_source(path, from_=from_, model=model, hf_config=hf_config, qkv_layout=layout), None
+
+
+def _refuse_idle(to: str, flags: dict[str, tuple[str, object]]) -> None:
+    """A flag of another target would have no effect."""
+    for target, (flag, value) in flags.items():
+        if value is not None and to != target:
+            raise ConfigError(f"--{flag}: is for --to {target}, the target is {to}")
 
 
 def _target(to: str | None, reversed_: bool, output: Path) -> str:

@@ -71,7 +71,7 @@ def eval_command(
     reference = None
     if reference_dtype or reference_model:
         other = {"model": reference_model} if reference_model else {}
-        reference = build_llm(resolve({**flags, **other, "dtype": reference_dtype}))
+        reference = build_llm(resolve({**flags, **other, "dtype": reference_dtype, "kv_cache_dtype": None}))
     token_ids, bos = _tokens(llm.tokenizer, text)
     span = context - (bos is not None)
     protocol = Protocol(context=context, stride=span if stride is None else stride, bos=bos)
@@ -95,7 +95,7 @@ def qualities_of(
     from llm_boost.evaluation import Protocol, evaluate
 
     flags = {**flags, "seq_length": QUALITY_CONTEXT}
-    reference = build_llm(resolve({**flags, "dtype": reference_dtype}))
+    reference = build_llm(resolve({**flags, "dtype": reference_dtype, "kv_cache_dtype": None}))
     token_ids, bos = _tokens(reference.tokenizer, text)
     protocol = Protocol(QUALITY_CONTEXT, QUALITY_CONTEXT - (bos is not None), bos)
     found = {}

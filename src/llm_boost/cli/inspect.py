@@ -19,6 +19,7 @@ Examples:
   llm-boost inspect qwen2.5-0.5b                  format, architecture, types, sizes
   llm-boost inspect model.gguf --tensors          every tensor
   llm-boost inspect model.ckpt --check            reads all values: NaN, infinities, checksums
+  llm-boost inspect model --manifest SHA256SUMS   the files against their SHA-256
   llm-boost inspect --diff qwen2.5-0.5b ms.ckpt   exit code 1 when they differ
 """
 _SHOWN = 20  # differences, without --tensors
@@ -28,6 +29,7 @@ _SHOWN = 20  # differences, without --tensors
 @click.argument("path", required=False)
 @click.option("--tensors", is_flag=True, help="Every tensor: name, shape, type, bytes.")
 @click.option("--check", is_flag=True, help="Read all values: NaN, infinities, checksums (exit code 1).")
+@click.option("--manifest", metavar="FILE", help="Check the weight files' SHA-256: lines of sha256sum.")
 @click.option("--diff", nargs=2, metavar="A B", help="Compare two, of any format (exit code 1: they differ).")
 @click.option("--config_path", metavar="FILE", help="An llm_boost YAML or config.json, for weights without.")
 @click.option("--qkv_layout", metavar="LAYOUT", help="Of MindSpore's concatenated weights (see convert).")
@@ -36,6 +38,7 @@ def inspect_command(
     path: str | None,
     tensors: bool,
     check: bool,
+    manifest: str | None,
     diff: tuple[str, str] | None,
     config_path: str | None,
     qkv_layout: str | None,
@@ -48,12 +51,12 @@ def inspect_command(
         raise click.UsageError("give one PATH, or --diff A B")
     hf_config = read_hf_config(config_path)
     if diff is not None:
-        if check:
-            raise ConfigError("--check: is for one checkpoint, --diff compares two")
+        if check or manifest:
+            raise ConfigError("--check and --manifest: are for one checkpoint, --diff compares two")
         a, b = (_open(each, hf_config, qkv_layout) for each in diff)
         _show_differences(a, b, tensors, as_json)
         return
-    _show(_open(str(path), hf_config, qkv_layout), tensors, check, as_json)
+    _show(_open(str(path), hf_config, qkv_layout), tensors, check, manifest, as_json)
 
 
 def _open(path: str, hf_config: dict[str, Any] | None, qkv_layout: str | None) -> Contents:
@@ -64,14 +67,18 @@ def _open(path: str, hf_config: dict[str, Any] | None, qkv_layout: str | None) -
     return open_contents(found if found.exists() else find_model(path, cache_folder()), hf_config, qkv_layout)
 
 
-def _show(contents: Contents, tensors: bool, check: bool, as_json: bool) -> None:
-    from llm_boost.convert.summary import check_values, rows_of, summary, tensor_rows
+def _show(contents: Contents, tensors: bool, check: bool, manifest: str | None, as_json: bool) -> None:
+    from llm_boost.convert.summary import check_manifest, check_values, rows_of, summary, tensor_rows
 
     found = summary(contents)
     if check:
         with ProgressBar("reading") as bar:
             found["problems"] += check_values(contents, bar)
         found["checked"] = True
+    if manifest:
+        with ProgressBar("SHA-256") as bar:
+            found["problems"] += check_manifest(contents, Path(manifest).expanduser(), bar)
+        found["manifest"] = manifest
     if as_json:
         click.echo(json.dumps(found | ({"tensor_table": tensor_rows(contents)} if tensors else {}), indent=2))
     else:
@@ -85,7 +92,7 @@ def _show(contents: Contents, tensors: bool, check: bool, as_json: bool) -> None
             click.echo(f"  {'problem' if found['problems'] else 'integrity':<14}{line}")
         for row in tensor_rows(contents) if tensors else ():
             click.echo(f"  {row['name']:<52} {row['dtype']:<9} {row['shape']}  {row['bytes']:,} bytes")
-    if check and found["problems"]:
+    if (check or manifest) and found["problems"]:
         raise click.exceptions.Exit(1)
 
 

@@ -19,6 +19,7 @@ from llm_boost.suggest import did_you_mean
 
 _VERBS = {  # verb: (module with a click command of the verb's name and suffix _command, one line of help)
     "predict": ("llm_boost.cli.predict", "Complete prompts, or answer them with --chat."),
+    "chat": ("llm_boost.cli.chat", "Talk with a model in the terminal."),
     "serve": (
         "llm_boost.cli.serve",
         "A model behind HTTP: MindIE's, TGI's, OpenAI's and Triton's endpoints.",
@@ -27,6 +28,8 @@ _VERBS = {  # verb: (module with a click command of the verb's name and suffix _
     "convert": ("llm_boost.cli.convert", "A checkpoint in another format: Hugging Face, MindSpore, GGUF."),
     "quantize": ("llm_boost.cli.quantize", "A model in int4 or int8, calibrated on a text."),
     "inspect": ("llm_boost.cli.inspect", "What a checkpoint is; whether two hold the same."),
+    "strategy": ("llm_boost.cli.strategy", "How a model lies on N ranks, as MindSpore's strategy files."),
+    "transform": ("llm_boost.cli.transform", "Split, merge or re-split a checkpoint among ranks."),
     "eval": ("llm_boost.cli.eval", "Perplexity of a text, and KL divergence from a reference dtype."),
     "bench": ("llm_boost.cli.bench", "Speed of a model, of many prompts, or of the kernels."),
     "doctor": ("llm_boost.cli.doctor", "What this machine can do, and what that means for speed."),

@@ -10,8 +10,17 @@ from typing import TYPE_CHECKING, Any, NamedTuple
 import click
 
 from llm_boost.cli.load import build_llm, naming_origins
-from llm_boost.cli.options import BOOL_TEXT, cache_options, model_options, note
+from llm_boost.cli.options import (
+    BOOL_TEXT,
+    cache_options,
+    model_options,
+    note,
+    sampling,
+    sampling_options,
+    speculative_options,
+)
 from llm_boost.cli.prompts import Prompt, argument_prompts, check_not_empty, read_prompt_file
+from llm_boost.cli.strategy import save_strategy_of_run, wants_strategy
 from llm_boost.cli.throughput import decode_speed, print_throughput
 from llm_boost.errors import ConfigError, EngineError, RequestError
 
@@ -39,6 +48,7 @@ Dashes do as well as underscores: --max-new-tokens.
 @click.argument("prompts", nargs=-1, metavar="[PROMPT]...")
 @model_options
 @cache_options
+@speculative_options
 @click.option(
     "--predict_data", multiple=True, metavar="TEXT", help="A prompt whose output repeats it. Repeatable."
 )
@@ -57,19 +67,7 @@ Dashes do as well as underscores: --max-new-tokens.
 @click.option(
     "--batch_size", type=int, metavar="N", help="Repeat one prompt N times; run several N at a time."
 )
-@click.option("--do_sample", type=BOOL_TEXT, help="Sample, or take the likeliest token.")
-@click.option(
-    "--temperature", type=float, metavar="X", help="0 is greedy; a sampling flag turns sampling on."
-)
-@click.option("--top_k", type=int, metavar="N", help="Sample from the N likeliest tokens; 0: from all.")
-@click.option(
-    "--top_p", type=float, metavar="X", help="Sample from the likeliest tokens that hold this probability."
-)
-@click.option(
-    "--min_p", type=float, metavar="X", help="Sample from tokens this likely, relative to the likeliest."
-)
-@click.option("--repetition_penalty", type=float, metavar="X", help="Above 1 repeats less.")
-@click.option("--seed", type=int, metavar="N", help="Of sampling (default 0).")
+@sampling_options
 @click.option(
     "--stop", multiple=True, metavar="TEXT", help="End the continuation before this text. Repeatable."
 )
@@ -92,9 +90,23 @@ Dashes do as well as underscores: --max-new-tokens.
 )
 @click.option("--merges_file", metavar="FILE", help="merges.txt, instead of the model's own.")
 @click.option("--use_parallel", type=BOOL_TEXT, help="Run on the ranks of the YAML file (one, so far).")
-@click.option("--device_num", type=int, metavar="N", help="Ranks (1, so far).")
+@click.option("--device_num", type=int, metavar="N", help="Ranks (1, so far; any with --only_save_strategy).")
 @click.option("--device_id", type=int, metavar="N", help="0 or -1: the processor.")
-@click.option("--only_save_strategy", type=BOOL_TEXT, help="Refused: one rank needs no strategy file.")
+@click.option(
+    "--only_save_strategy",
+    type=BOOL_TEXT,
+    help="Write output/strategy for the ranks, and end (see llm-boost strategy).",
+)
+@click.option(
+    "--src_strategy_path_or_dir",
+    "--src_strategy",
+    "src_strategy",
+    metavar="PATH",
+    help="The strategy of a checkpoint in rank folders (default: its manifests, or strategy/ beside it).",
+)
+@click.option(
+    "--auto_trans_ckpt", type=BOOL_TEXT, help="Merge a checkpoint in rank folders as it is read (default)."
+)
 @click.option(
     "--measure_throughput", type=BOOL_TEXT, default=False, help="Measure batches of 1 and 4 instead."
 )
@@ -112,7 +124,11 @@ def predict_command(
     **flags: Any,
 ) -> None:
     """Complete each PROMPT, or answer it with --chat."""
-    resolved = _resolve(config_path, flags)
+    yaml_config = _read_yaml(config_path) if config_path else None
+    if wants_strategy(flags, yaml_config):
+        save_strategy_of_run(flags, yaml_config)
+        return
+    resolved = _resolve(yaml_config, flags)
     if measure_throughput:
         if prompts or predict_data or predict_file:
             raise ConfigError("--measure_throughput True runs random tokens: leave the prompts out")
@@ -149,12 +165,12 @@ class _Request(NamedTuple):
     params: SamplingParams
 
 
-def _resolve(config_path: str | None, flags: dict[str, Any]) -> Resolved:
+def _resolve(yaml_config: LlmBoostYaml | None, flags: dict[str, Any]) -> Resolved:
     from llm_boost.config.run_config import resolve
 
     flags["stop"] = flags["stop"] or None
     flags["ignore_eos"] = flags["ignore_eos"] or None
-    return resolve(flags, _read_yaml(config_path) if config_path else None)
+    return resolve(flags, yaml_config)
 
 
 def _show_notes(resolved: Resolved) -> None:
@@ -232,27 +248,13 @@ def _params(llm: LLM, config: RunConfig, prompt: Prompt, prompt_tokens: int) -> 
     asked = {
         "ignore_eos": config.ignore_eos,
         "stop": config.stop,
-        **_sampling(llm, config),
+        **sampling(llm, config),
         **prompt.sampling,
     }
     if not asked["ignore_eos"]:
         asked["stop_token_ids"] = config.eos_token_ids
     own = asked.pop("max_new_tokens", config.max_new_tokens)
     return SamplingParams(max_tokens=_tokens_left(config, prompt_tokens) if own is None else own, **asked)
-
-
-def _sampling(llm: LLM, config: RunConfig) -> dict[str, Any]:
-    """What flags and files say of sampling, over the model's generation_config.json; else greedy."""
-    from llm_boost import SamplingParams
-
-    names = ("temperature", "top_k", "top_p", "min_p", "repetition_penalty")
-    model = llm.default_sampling_params()
-    if model == SamplingParams():
-        model = SamplingParams(temperature=0.0)
-    sampling = {**{name: getattr(model, name) for name in names}, **config.sampling()}
-    if config.do_sample and config.temperature is None and sampling["temperature"] == 0:
-        sampling["temperature"] = 1.0
-    return sampling
 
 
 def _tokens_left(config: RunConfig, prompt_tokens: int) -> int:

@@ -63,6 +63,8 @@ Dashes do as well as underscores: --api-key.
 @click.option("--max_num_seqs", type=click.IntRange(1), metavar="N", help="Sequences that run at a time.")
 @click.option("--max_model_len", type=click.IntRange(2), metavar="N", help="Tokens of prompt and output.")
 @click.option("--log_file", metavar="FILE", help="Structured log, besides stderr.")
+@click.option("--log_prompts", is_flag=True, default=None, help="Log prompts and answers too.")
+@click.option("--otlp_endpoint", metavar="URL", help="Send OpenTelemetry traces there, over HTTP.")
 @click.option(
     "--log_level",
     type=click.Choice(["verbose", "debug", "info", "warning", "error", "critical", "none"]),
@@ -82,6 +84,8 @@ def serve_command(
     config = service_config({**flags, "model": model, "set": _settings(set_)})
     engine = {"max_num_seqs": max_num_seqs, "max_model_len": max_model_len}
     options = {**config.engine_options, **{k: v for k, v in engine.items() if v is not None}}
+    if max_num_seqs is not None:  # each sequence needs a token a step
+        options["max_num_batched_tokens"] = max(max_num_seqs, options.get("max_num_batched_tokens", 512))
     run = _run_config(config, {"dtype": dtype, "threads": threads, "cache_dir": cache_dir})
     if config.mindie is not None and config.mindie.without_effect:
         note(f"warning: {config.mindie.path}: without effect here: {', '.join(config.mindie.without_effect)}")

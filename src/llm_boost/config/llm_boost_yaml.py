@@ -211,7 +211,7 @@ class _ParallelConfig(_Section):
     context_parallel: Size | None = None
     micro_batch_num: Idle[Size] = None
     gradient_aggregation_group: Idle[Size] = None
-    vocab_emb_dp: Idle[bool] = None
+    vocab_emb_dp: bool | None = None  # of a strategy: the head lies whole on every rank
     use_seq_parallel: Idle[bool] = None
 
 
@@ -243,7 +243,7 @@ class _File(_Section):
     model: _Model
     processor: _Processor | None = None
     parallel_config: _ParallelConfig | None = None
-    output_dir: Idle[str] = None
+    output_dir: str | None = None
     resume_training: Idle[Any] = None
     trainer: _Trainer | None = None
     context: _Context | None = None

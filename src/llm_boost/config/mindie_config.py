@@ -126,7 +126,7 @@ class ServerSection(Section):
     metricsTlsCrlPath: str | None = None
     metricsTlsCrlFiles: FileNames | None = None
     inferMode: Literal["standard"] = "standard"
-    openAiSupport: str = "vllm"
+    openAiSupport: IdleText = "vllm"
     tokenTimeout: Annotated[Int, Field(ge=1, le=3600)] = 600
     e2eTimeout: Annotated[Int, Field(ge=1, le=65535)] = 600
     maxRequestLength: Annotated[Int, Field(ge=1, le=100)] = 40  # MB

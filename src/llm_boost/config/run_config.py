@@ -50,6 +50,7 @@ class RunConfig(BaseModel):
 
     model: str
     dtype: Dtype = "auto"
+    kv_cache_dtype: Literal["auto", "float32", "int16", "int8"] = "auto"
     seq_length: Positive | None = None  # tokens of prompt and continuation that a sequence can hold
     max_decode_length: Positive | None = None  # tokens of prompt and continuation that a run stops at
     max_new_tokens: Positive | None = None  # tokens of the continuation alone; outranks max_decode_length
@@ -57,6 +58,11 @@ class RunConfig(BaseModel):
     block_size: Annotated[int, Field(ge=16, le=4096, multiple_of=16)] | None = None
     num_blocks: Positive | None = None
     kv_cache_memory: Annotated[int, Field(ge=1)] | None = None  # bytes; outranks num_blocks of a lower rank
+    speculative_method: Literal["ngram", "draft_model"] | None = None
+    speculative_model: str | None = None
+    speculative_tokens: Annotated[int, Field(ge=1, le=32)] | None = None
+    speculative_lookup_min: Annotated[int, Field(ge=1, le=32)] | None = None
+    speculative_lookup_max: Annotated[int, Field(ge=1, le=32)] | None = None
     do_sample: bool | None = None
     temperature: Annotated[float, Field(ge=0, allow_inf_nan=False)] | None = None
     top_k: Annotated[int, Field(ge=0, le=2**31 - 1)] | None = None
@@ -72,6 +78,19 @@ class RunConfig(BaseModel):
     vocab_file: Path | None = None
     merges_file: Path | None = None
     tokenizer_overrides: dict[str, Any] = Field(default_factory=dict)
+    src_strategy: Path | None = None  # of a checkpoint in rank folders
+    auto_trans_ckpt: bool | None = None  # whether such a checkpoint may be merged as it is read; None: yes
+
+    def speculation(self) -> dict[str, Any] | None:
+        """LLM's speculative_config; None where nothing was said of it."""
+        said = {
+            "method": self.speculative_method,
+            "model": self.speculative_model,
+            "num_speculative_tokens": self.speculative_tokens,
+            "prompt_lookup_min": self.speculative_lookup_min,
+            "prompt_lookup_max": self.speculative_lookup_max,
+        }
+        return {name: value for name, value in said.items() if value is not None} or None
 
     def sampling(self) -> dict[str, Any]:
         """What was said of sampling, in SamplingParams' names; greedy is temperature 0."""
@@ -179,6 +198,8 @@ def _yaml_settings(yaml_config: LlmBoostYaml, notes: list[str]) -> dict[str, _Se
     take("seed", root.seed, "seed")
     take("model", model.checkpoint_name_or_path, "model.model_config.checkpoint_name_or_path")
     take("model", root.load_checkpoint, "load_checkpoint")
+    take("src_strategy", root.src_strategy_path_or_dir, "src_strategy_path_or_dir")
+    take("auto_trans_ckpt", root.auto_trans_ckpt, "auto_trans_ckpt")
     take("dtype", model.compute_dtype, "model.model_config.compute_dtype")
     if model.compute_dtype in _FLOAT16:
         found["dtype"] = found["dtype"]._replace(value="bfloat16")
@@ -216,22 +237,16 @@ def _refuse_more_than_one_rank(flags: Mapping[str, Any], yaml_config: LlmBoostYa
         )
     if flags.get("only_save_strategy"):
         raise ConfigError(
-            f"--only_save_strategy: got True, allowed: False; {one_rank}, which needs no strategy"
+            "--only_save_strategy: got True, allowed: False; llm-boost predict and strategy save strategies"
         )
     if yaml_config is None:
         return
     root, path = yaml_config.root, yaml_config.path
     if root.only_save_strategy and "only_save_strategy" not in flags:
         raise ConfigError(
-            f"{path}: only_save_strategy: got True, allowed: False; {one_rank}, which needs no strategy"
+            f"{path}: only_save_strategy: got True, allowed: False; "
+            "llm-boost predict and strategy save strategies"
         )
-    if root.src_strategy_path_or_dir:
-        raise ConfigError(
-            f"{path}: src_strategy_path_or_dir: got {root.src_strategy_path_or_dir!r}, allowed: ''; "
-            "split checkpoints are not read in this version"
-        )
-    if root.auto_trans_ckpt:
-        raise ConfigError(f"{path}: auto_trans_ckpt: got True, allowed: False; {one_rank}")
     ranks = yaml_config.ranks(flags.get("use_parallel", root.use_parallel), flags.get("device_num"))
     if ranks > 1:
         raise ConfigError(

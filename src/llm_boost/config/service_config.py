@@ -89,6 +89,7 @@ class ServiceConfig:
     engine_options: Mapping[str, Any] = field(default_factory=dict)
     model: str | None = None
     mindie: MindieConfig | None = None
+    otlp_endpoint: str | None = None  # where traces go
 
     @property
     def name(self) -> str:
@@ -100,8 +101,8 @@ def service_config(flags: Mapping[str, Any], environ: Mapping[str, str] = os.env
 
     `flags` takes model, config (a path), set (JSON paths to values), host, port, management_port,
     metrics_port, served_model_name, api_key, allowed_origin, tgi_shapes, log_file, log_level, log_prompts,
-    ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_crl, allow_all_interfaces, and
-    the names of Limits. Raises ConfigError.
+    otlp_endpoint, ssl_certfile, ssl_keyfile, ssl_keyfile_password, ssl_ca_certs, ssl_crl,
+    allow_all_interfaces, and the names of Limits. Raises ConfigError.
     """
     given = {name: value for name, value in flags.items() if value not in (None, ())}
     file = given.pop("config", None) or (None if "model" in given else environ.get("MIES_CONFIG_JSON_PATH"))
@@ -149,6 +150,7 @@ def _with_flags(base: ServiceConfig, given: Mapping[str, Any], environ: Mapping[
         allowed_origins=tuple(given.get("allowed_origin", base.allowed_origins)),
         tgi_shapes=given.get("tgi_shapes", base.tgi_shapes),
         model=given.get("model", base.model),
+        otlp_endpoint=given.get("otlp_endpoint", environ.get("OTEL_EXPORTER_OTLP_ENDPOINT") or None),
     )
 
 
@@ -238,7 +240,7 @@ def _from_mindie(config: MindieConfig, environ: Mapping[str, str]) -> ServiceCon
             write_timeout=600.0,
         ),
         log=LogSettings(
-            level=log.logLevel.lower().replace("warn", "warning").replace("warninging", "warning"),
+            level="warning" if log.logLevel == "Warn" else log.logLevel.lower(),
             path=base / log.logPath,
             max_bytes=log.logFileSize << 20,
             files=log.logFileNum,
@@ -257,7 +259,7 @@ def _from_mindie(config: MindieConfig, environ: Mapping[str, str]) -> ServiceCon
 def _engine_options(config: MindieConfig) -> dict[str, Any]:
     schedule = config.schedule
     options: dict[str, Any] = {
-        "max_model_len": config.deploy.maxSeqLen,
+        "max_model_len_at_most": config.deploy.maxSeqLen,
         "max_num_seqs": schedule.maxBatchSize,
         "max_num_batched_tokens": max(schedule.maxBatchSize, 512),  # a token a step for each sequence
         "block_size": schedule.cacheBlockSize,
@@ -275,7 +277,7 @@ def _engine_options(config: MindieConfig) -> dict[str, Any]:
         "decode_policy_type": schedule.decodePolicyType,
     }
     if config.model.npuMemSize > 0:
-        options["kv_cache_memory"] = config.model.npuMemSize << 30
+        options["kv_cache_memory_at_most"] = config.model.npuMemSize << 30
     return options
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import math
 import re
 import warnings
@@ -34,6 +35,7 @@ _SHAPE = {  # of ModelConfig, and what people call it
     "max_position_embeddings": "max_position_embeddings",
     "tie_word_embeddings": "tie_word_embeddings",
 }
+_SUM = re.compile(r"([0-9a-fA-F]{64}) [ *](.+)")
 _BYTES = {"float64": 8, "int64": 8, "uint64": 8, "float32": 4, "int32": 4, "uint32": 4, "bool": 1}
 _GROUPS = re.compile(r"(?:gptq|awq)-int(\d+)")  # without their scales
 _BYTES |= dict.fromkeys(("int8", "uint8", "float8_e4m3fn", "float8_e5m2"), 1)
@@ -96,6 +98,48 @@ def check_values(contents: Contents, progress: Progress | None = None) -> list[s
         if path.suffix == ".ckpt" and MindSporeFile(path).crc_holds() is False:
             problems.append(f"{path.name}: its bytes do not have the checksum that stands at its end")
     return problems
+
+
+def check_manifest(contents: Contents, manifest: Path, progress: Progress | None = None) -> list[str]:
+    """Compares the weight files with their SHA-256 in `manifest`, lines as `sha256sum` writes them.
+
+    What is wrong, a line each: a file that differs, that is missing, or that the manifest does not name.
+
+    Raises:
+        CheckpointError: the manifest cannot be read, or holds other lines.
+    """
+    try:
+        lines = manifest.read_text("utf-8").splitlines()
+    except (OSError, UnicodeDecodeError) as error:
+        raise CheckpointError(f"{manifest}: cannot be read ({error})") from None
+    expected = {}
+    for number, line in enumerate(lines, 1):
+        match = _SUM.fullmatch(line)
+        if match is None:
+            raise CheckpointError(f"{manifest}: line {number} is no line of sha256sum: SHA-256, then a name")
+        expected[Path(match[2]).as_posix()] = match[1].lower()
+    folder = contents.path if contents.path.is_dir() else contents.path.parent
+    files = dict(weight_files(contents.path))
+    problems = [f"{name}: is not in {manifest}" for name in files if name not in expected]
+    problems += [f"{name}: is missing" for name in expected if not (folder / name).is_file()]
+    total, done = sum(files.values()), 0
+    for name, size in files.items():
+        if name in expected:
+            found = _sha256(folder / name)
+            if found != expected[name]:
+                problems.append(f"{name}: its SHA-256 is {found}, in {manifest} {expected[name]}")
+        done += size
+        if progress:
+            progress(done, total)
+    return problems
+
+
+def _sha256(path: Path) -> str:
+    digest = hashlib.sha256()
+    with path.open("rb") as file:
+        while block := file.read(1 << 20):
+            digest.update(block)
+    return digest.hexdigest()
 
 
 def weight_files(path: Path) -> list[tuple[str, int]]:

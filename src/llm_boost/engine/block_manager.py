@@ -56,8 +56,8 @@ class BlockManager:
         return -(-num_tokens // self.block_size)
 
     def missing(self, sequence: Sequence) -> int:
-        """Blocks that the sequence lacks to hold all its tokens."""
-        return self.blocks_for(sequence.num_tokens) - sequence.num_blocks
+        """Blocks that the sequence lacks to hold all its tokens and drafts."""
+        return self.blocks_for(sequence.num_tokens + sequence.num_drafts) - sequence.num_blocks
 
     def fits(self, sequence: Sequence, spare: int, *, instead_of: Iterable[Sequence] = ()) -> bool:
         """Whether `admit` would succeed, once other sequences have been released."""
@@ -155,10 +155,10 @@ class BlockManager:
             raise EngineError("KV cache: the blocks that can be found are not those that are full")
 
     def _find(self, sequence: Sequence) -> list[int]:
-        """The blocks that hold the sequence's beginning; its last token has to be computed for its logits."""
+        """The blocks that hold the sequence's beginning, as far as it needs no logits there."""
         found: list[int] = []
         before: Hashable = sequence.salt
-        for index in range((sequence.num_tokens - 1) // self.block_size):
+        for index in range(sequence.num_reusable // self.block_size):
             block = self._by_key.get(self._key(sequence, index, before))
             if block is None:
                 break

@@ -9,16 +9,22 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any, Protocol
 
 from llm_boost.engine.batch import ModelRunner
+from llm_boost.engine.draft_model import DraftModel
+from llm_boost.engine.drafts import Speculator
 from llm_boost.engine.engine import Engine, check_seed
 from llm_boost.engine.output_stream import Outbox, OutputStream
-from llm_boost.engine.outputs import RequestOutput
-from llm_boost.engine.prompts import Prompt
+from llm_boost.engine.outputs import Logprob, RequestOutput
+from llm_boost.engine.plugin_params import parse_plugin_params
+from llm_boost.engine.prompt_lookup import PromptLookup
+from llm_boost.engine.prompts import Prompt, tokenize
 from llm_boost.engine.sampling_params import SamplingParams
 from llm_boost.engine.scheduler_config import SchedulerConfig
+from llm_boost.engine.speculative_config import SpeculativeConfig
 from llm_boost.engine.vllm_options import check_vllm_options
-from llm_boost.errors import CheckpointError, RequestError
+from llm_boost.errors import CheckpointError, ConfigError, RequestError
 
 if TYPE_CHECKING:
+    from llm_boost.engine.beam_search import BeamSearchOutput, BeamSearchParams
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer
 
@@ -63,6 +69,7 @@ def load_parts(
     merges_file: str | Path | None,
     tokenizer_overrides: Mapping[str, Any] | None,
     hf_config: Mapping[str, Any] | None = None,
+    src_strategy: str | Path | None = None,
     **runner_options: Any,
 ) -> Parts:
     """Opens the checkpoint; loads configuration, tokenizer and weights, the cheap before the expensive."""
@@ -72,7 +79,7 @@ def load_parts(
     from llm_boost.models.config import ModelConfig
     from llm_boost.tokenization import Tokenizer, load_tokenizer
 
-    checkpoint = open_checkpoint(model, hf_config)
+    checkpoint = open_checkpoint(model, hf_config, src_strategy=src_strategy)
     is_gguf = checkpoint.format == "gguf"
     source = checkpoint.path if is_gguf else checkpoint.folder / "config.json"
     model_config = ModelConfig.from_hf(checkpoint.config, str(source), checkpoint.tensors)
@@ -100,6 +107,7 @@ class LLM:
     Args:
         model: a Hugging Face directory, a GGUF file, or MindSpore's `.ckpt` or safetensors.
         dtype: of the weights: auto, float32, bfloat16, int8 or int4.
+        kv_cache_dtype: of the KV cache: auto, float32, int16 or int8 (half the memory of int16).
         max_model_len: tokens of prompt and output together; by default what the model was made for.
         threads: by default one for each physical core.
         seed: for requests without a seed of their own.
@@ -112,8 +120,11 @@ class LLM:
             smoother for the requests that run beside them.
         enable_prefix_caching: what the KV cache still holds of a prompt's beginning is not computed again.
             Prompts given as dictionaries may have a `cache_salt`: those of different salts share nothing.
+        speculative_config: what is guessed ahead, as SpeculativeConfig or its fields; no text changes by it.
+        plugin_params: MindIE's, which asks for the same in its own way.
         vocab_file, merges_file, tokenizer_overrides: a tokenizer other than the model directory's own.
         hf_config: config.json's keys, for a directory of safetensors without that file.
+        src_strategy: of a checkpoint in rank folders, which is merged as it is read; a file or a folder.
         progress: called with (bytes done, bytes in all) while the weights are packed.
         options: the other fields of SchedulerConfig, MindIE's scheduling terms; and other arguments of
             vLLM's LLM, accepted at the values at which they ask for nothing.
@@ -124,6 +135,7 @@ class LLM:
         model: str | Path,
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         max_model_len: int | None = None,
         threads: int | None = None,
         seed: int = 0,
@@ -134,10 +146,13 @@ class LLM:
         max_num_seqs: int = SchedulerConfig.max_num_seqs,
         max_num_batched_tokens: int = SchedulerConfig.max_num_batched_tokens,
         enable_prefix_caching: bool = SchedulerConfig.enable_prefix_caching,
+        speculative_config: Mapping[str, Any] | SpeculativeConfig | None = None,
+        plugin_params: str = "",
         vocab_file: str | Path | None = None,
         merges_file: str | Path | None = None,
         tokenizer_overrides: Mapping[str, Any] | None = None,
         hf_config: Mapping[str, Any] | None = None,
+        src_strategy: str | Path | None = None,
         progress: Progress | None = None,
         **options: Any,
     ) -> None:
@@ -151,13 +166,22 @@ class LLM:
             **scheduling_options,
         )
         check_seed(seed)
+        plugins = parse_plugin_params(plugin_params)
+        plugins.check_template(scheduling.template_type)
+        speculative = plugins.speculative
+        if speculative_config is not None:
+            if speculative is not None:
+                raise ConfigError("speculative_config: given beside plugin_params that speculate: give one")
+            speculative = SpeculativeConfig.from_options(speculative_config)
         self._parts = load_parts(
             model,
             vocab_file=vocab_file,
             merges_file=merges_file,
             tokenizer_overrides=tokenizer_overrides,
             hf_config=hf_config,
+            src_strategy=src_strategy,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             cache_dir=cache_dir,
             max_model_len=max_model_len,
@@ -173,14 +197,52 @@ class LLM:
             self._parts.tokenizer,
             self._eos_token_ids(),
             scheduling,
+            speculator=None
+            if speculative is None
+            else self._speculator(
+                speculative,
+                max_num_batched_tokens,
+                threads=threads,
+                cache_dir=cache_dir,
+                max_num_seqs=max_num_seqs,
+                progress=progress,
+            ),
             seed=seed,
             threads=self._parts.runner.threads,
         )
         self._outbox = Outbox(self.engine)
 
+    def _speculator(
+        self, config: SpeculativeConfig, max_num_batched_tokens: int, **options: Any
+    ) -> Speculator:
+        """`options`: how a draft model is loaded."""
+        if config.model is None:
+            lookup = PromptLookup(config.prompt_lookup_min, config.prompt_lookup_max)
+            return Speculator(lookup, config.num_speculative_tokens)
+        options["dtype"] = config.dtype or self.dtype
+        parts = load_parts(
+            config.model,
+            vocab_file=None,
+            merges_file=None,
+            tokenizer_overrides=None,
+            max_num_batched_tokens=max_num_batched_tokens,
+            block_size=self._parts.runner.block_size,
+            **options,
+        )
+        check_same_vocabulary(config.model, parts, self._parts)
+        model = DraftModel(parts.runner, self._parts.runner.vocab_size, max_num_batched_tokens)
+        return Speculator(model, config.num_speculative_tokens)
+
     @property
     def tokenizer(self) -> Tokenizer:
         return self._parts.tokenizer
+
+    def get_tokenizer(self) -> Tokenizer:
+        return self.tokenizer
+
+    def get_default_sampling_params(self) -> SamplingParams:
+        """See `default_sampling_params`; the name is vLLM's."""
+        return self.default_sampling_params()
 
     @property
     def model_config(self) -> ModelConfig:
@@ -228,6 +290,8 @@ class LLM:
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
         config = self._parts.generation_config
         given = {name: config[name] for name in names if config.get(name) is not None}
+        if config.get("max_new_tokens") is not None:
+            given["max_tokens"] = config["max_new_tokens"]
         if config.get("do_sample") is False:
             given["temperature"] = 0.0
         try:
@@ -240,15 +304,66 @@ class LLM:
         prompts: Prompt | Sequence[Prompt],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
     ) -> list[RequestOutput]:
-        """Completes the prompts, all at once; outputs are in the prompts' order. `use_tqdm` shows a bar."""
-        ids = self._add(prompts, sampling_params, stream=False)
+        """Completes the prompts, all at once; outputs are in the prompts' order.
+
+        Args:
+            use_tqdm: show a bar on stderr, where that is a terminal.
+            priority: of all, or one a prompt; lower comes first.
+        """
+        ids = self._add(prompts, sampling_params, stream=False, priority=priority)
         outputs: Iterable[RequestOutput] = self._outbox.open(ids)
         if use_tqdm:
             outputs = _with_progress_bar(outputs, len(ids))
         finished = {output.request_id: output for output in outputs}
         return [finished[request_id] for request_id in ids]
+
+    def beam_search(
+        self, prompts: Prompt | Sequence[Prompt], params: BeamSearchParams
+    ) -> list[BeamSearchOutput]:
+        """The most probable texts after each prompt, as transformers' beam search finds them.
+
+        Raises:
+            RequestError: a prompt is out of range, or too long for `params.max_tokens` more.
+        """
+        from llm_boost.engine.beam_search import NextTokenParams, beam_search
+
+        vocab_size = self._parts.runner.vocab_size
+        prompt_list: list[Any] = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]
+        beginnings = []
+        for index, prompt in enumerate(prompt_list):
+            ids = tokenize(prompt, self.tokenizer, vocab_size)[1].tolist()
+            self._check_beam_search(f"prompts[{index}]", prompt, len(ids), params)
+            beginnings.append(ids)
+
+        def next_tokens(texts: Sequence[list[int]], count: int) -> list[dict[int, Logprob]]:
+            asked = NextTokenParams(
+                temperature=0,
+                max_tokens=1,
+                ignore_eos=True,
+                detokenize=False,
+                logprobs=min(count, vocab_size),
+            )
+            outputs = self.generate([{"prompt_token_ids": text} for text in texts], asked, use_tqdm=False)
+            return [(output.outputs[0].logprobs or [{}])[0] for output in outputs]
+
+        def decode(ids: list[int]) -> str:
+            return self.tokenizer.decode(ids, skip_special_tokens=params.skip_special_tokens)
+
+        return beam_search(beginnings, params, frozenset(self._eos_token_ids()), next_tokens, decode)
+
+    def _check_beam_search(self, where: str, prompt: Any, num_tokens: int, params: BeamSearchParams) -> None:
+        runner = self._parts.runner
+        limit = min(runner.max_model_len, runner.num_blocks * runner.block_size)
+        if num_tokens + params.max_tokens > limit:
+            raise RequestError(
+                f"{where}: got {num_tokens} tokens and max_tokens {params.max_tokens}, "
+                f"allowed {limit} together"
+            )
+        if isinstance(prompt, dict) and prompt.get("cache_salt") is not None:
+            raise RequestError(f"{where}: cache_salt has no effect on beam search; leave it out")
 
     def stream(
         self,
@@ -266,32 +381,50 @@ class LLM:
         messages: Sequence[Message] | Sequence[Sequence[Message]],
         sampling_params: SamplingParams | Sequence[SamplingParams] | None = None,
         *,
-        use_tqdm: bool = False,
+        use_tqdm: bool = True,
+        priority: int | Sequence[int] = 0,
         chat_template: str | None = None,
         add_generation_prompt: bool = True,
+        continue_final_message: bool = False,
         tools: Sequence[Mapping[str, Any]] | None = None,
         chat_template_kwargs: Mapping[str, Any] | None = None,
     ) -> list[RequestOutput]:
-        """Answers a conversation, or a list of them, through the model's chat template."""
+        """Answers a conversation, or a list of them, through the model's chat template.
+
+        With `continue_final_message` (and `add_generation_prompt=False`) the last message is the beginning of
+        the answer, and goes on.
+        """
         prompts = self.chat_prompts(
             messages,
             chat_template=chat_template,
             add_generation_prompt=add_generation_prompt,
+            continue_final_message=continue_final_message,
             tools=tools,
             **(chat_template_kwargs or {}),
         )
-        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm)
+        return self.generate(prompts, sampling_params, use_tqdm=use_tqdm, priority=priority)
 
     def chat_prompts(
-        self, messages: Sequence[Message] | Sequence[Sequence[Message]], **template_options: Any
+        self,
+        messages: Sequence[Message] | Sequence[Sequence[Message]],
+        *,
+        continue_final_message: bool = False,
+        **template_options: Any,
     ) -> list[Prompt]:
         """The prompts of one conversation or several, for `generate` or `stream`."""
+        if continue_final_message and template_options.get("add_generation_prompt", True):
+            raise RequestError(
+                "continue_final_message: allowed with add_generation_prompt=False alone, "
+                "for an answer either begins or goes on"
+            )
         if not isinstance(messages, (list, tuple)) or not messages:
             raise RequestError("messages: got none, allowed a list of messages, or a list of such lists")
         conversations: Any = [messages] if isinstance(messages[0], Mapping) else messages
         prompts: list[Prompt] = []
         for conversation in conversations:
             text = self.tokenizer.apply_chat_template(conversation, **template_options)
+            if continue_final_message:
+                text = _up_to_the_end_of(conversation[-1], text)
             ids = self.tokenizer.encode(text, add_special_tokens=False)  # the template writes its own
             prompts.append({"prompt": text, "prompt_token_ids": ids})
         return prompts
@@ -302,13 +435,20 @@ class LLM:
         params: SamplingParams | Sequence[SamplingParams] | None,
         *,
         stream: bool,
+        priority: int | Sequence[int] = 0,
     ) -> list[str]:
         """Adds all requests or, when one is at fault, none."""
         prompt_list: list[Prompt] = list(prompts) if isinstance(prompts, (list, tuple)) else [prompts]  # type: ignore[list-item]
         ids: list[str] = []
+        priorities = list(priority) if isinstance(priority, (list, tuple)) else [priority] * len(prompt_list)
+        if len(priorities) != len(prompt_list):
+            raise RequestError(
+                f"priority: got {len(priorities)}, allowed one, or one a prompt ({len(prompt_list)})"
+            )
+        each = zip(prompt_list, self._params_for(prompt_list, params), priorities, strict=True)
         try:
-            for prompt, own in zip(prompt_list, self._params_for(prompt_list, params), strict=True):
-                ids.append(self.engine.add(prompt, own, stream=stream))
+            for prompt, own, urgency in each:
+                ids.append(self.engine.add(prompt, own, stream=stream, priority=urgency))
         except BaseException as error:
             for request_id in ids:
                 self.engine.abort(request_id)
@@ -339,9 +479,45 @@ class LLM:
         return {i for i in ids if isinstance(i, int) and 0 <= i < self._parts.runner.vocab_size}
 
 
+def check_same_vocabulary(model: str, draft: Parts, target: Parts) -> None:
+    """ConfigError unless a draft model's tokens are the target's."""
+    theirs, ours = draft.runner.vocab_size, target.runner.vocab_size
+    if theirs < ours:
+        raise ConfigError(
+            f"speculative_config.model: {model} has {theirs} tokens, allowed at least the model's {ours}: "
+            "both need the same vocabulary"
+        )
+    for text in ("The quick brown fox, 1234.", "def f(x):\n    return x\n", "你好，世界"):
+        if draft.tokenizer.encode(text) != target.tokenizer.encode(text):
+            raise ConfigError(
+                f"speculative_config.model: {model} cuts {text!r} into other tokens than the model: "
+                "both need the same tokenizer"
+            )
+
+
 def _with_progress_bar(outputs: Iterable[RequestOutput], total: int) -> Iterator[RequestOutput]:
     from rich.console import Console
     from rich.progress import track
 
     console = Console(stderr=True)  # stdout belongs to the program that asks
-    return iter(track(outputs, description="prompts", total=total, transient=True, console=console))
+    bar = track(
+        outputs,
+        description="prompts",
+        total=total,
+        transient=True,
+        console=console,
+        disable=not console.is_terminal,
+    )
+    return iter(bar)
+
+
+def _up_to_the_end_of(message: Message, text: str) -> str:
+    """A rendered chat without what the template writes after its last message."""
+    content = message.get("content")
+    said = content.rstrip() if isinstance(content, str) else ""
+    at = text.rfind(said) if said else -1
+    if at < 0:
+        raise RequestError(
+            "continue_final_message: the chat template does not show the last message's content as it is"
+        )
+    return text[: at + len(said)]

@@ -25,6 +25,7 @@ from llm_boost.models.rope import RopeTable
 Progress = Callable[[int, int], None]  # bytes done, bytes in all
 
 DTYPES = ("float32", "bfloat16", "int8", "int4")
+KV_CACHE_DTYPES = ("float32", "int16", "int8")
 ALIASES = {"fp32": "float32", "bf16": "bfloat16"}
 DEFAULT_BLOCK_SIZE = 32
 DEFAULT_MAX_MODEL_LEN = 32768  # of models that were made for more: their cache would rarely fit
@@ -41,6 +42,7 @@ class NativeRunner:
         packed: PackedModel,
         *,
         dtype: str,
+        kv_cache_dtype: str = "auto",
         threads: int,
         isa: str,
         max_model_len: int,
@@ -49,6 +51,7 @@ class NativeRunner:
         max_num_batched_tokens: int,
     ) -> None:
         self.dtype = dtype
+        self.kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
         self.config = config
         self.packed = packed
         self.max_model_len = max_model_len
@@ -61,7 +64,7 @@ class NativeRunner:
             heads=config.num_heads,
             kv_heads=config.num_kv_heads,
             head_dim=config.head_dim,
-            cache_format=_cache_format(dtype),
+            cache_format=self.kv_cache_dtype,
             layers=config.num_layers,
             num_blocks=num_blocks,
             block_size=block_size,
@@ -79,6 +82,7 @@ class NativeRunner:
         config: ModelConfig,
         *,
         dtype: str = "auto",
+        kv_cache_dtype: str = "auto",
         threads: int | None = None,
         cache_dir: str | Path | None = None,
         max_model_len: int | None = None,
@@ -93,6 +97,7 @@ class NativeRunner:
 
         Args:
             dtype: of the weights; auto keeps a float checkpoint as bfloat16 and a quantised one as int8.
+            kv_cache_dtype: of cached keys and values; auto is float32 for float32 weights, else int16.
             num_blocks, kv_cache_memory: the KV cache in blocks or bytes; by default what max_num_seqs
                 sequences of max_model_len need, at most half of the memory that the weights leave free.
 
@@ -100,10 +105,11 @@ class NativeRunner:
             ConfigError: a setting out of range. CheckpointError: weights missing, damaged or not finite.
         """
         dtype = resolve_dtype(dtype, checkpoint)
+        kv_cache_dtype = resolve_kv_cache_dtype(kv_cache_dtype, dtype)
         threads = _check("threads", default_threads() if threads is None else threads, 1, MAX_THREADS)
         max_model_len = _max_model_len(config, max_model_len)
         block_size = _check_block_size(DEFAULT_BLOCK_SIZE if block_size is None else block_size)
-        block_bytes = cache_block_bytes(config, dtype, block_size)
+        block_bytes = cache_block_bytes(config, kv_cache_dtype, block_size)
         num_blocks = _asked_blocks(num_blocks, kv_cache_memory, block_size, block_bytes)
         isa = choose_isa()
         check_tensors(config, checkpoint)
@@ -126,6 +132,7 @@ class NativeRunner:
             config,
             packed,
             dtype=dtype,
+            kv_cache_dtype=kv_cache_dtype,
             threads=threads,
             isa=isa,
             max_model_len=max_model_len,
@@ -212,14 +219,27 @@ def choose_isa() -> str:
     return wanted
 
 
-def cache_block_bytes(config: ModelConfig, dtype: str, block_size: int) -> int:
+def resolve_kv_cache_dtype(kv_cache_dtype: str, dtype: str) -> str:
+    """One of KV_CACHE_DTYPES for weights of `dtype`; raises ConfigError."""
+    if kv_cache_dtype == "auto":
+        return "float32" if dtype == "float32" else "int16"
+    name = ALIASES.get(kv_cache_dtype, kv_cache_dtype)
+    if name not in KV_CACHE_DTYPES:
+        allowed = ", ".join(KV_CACHE_DTYPES)
+        raise ConfigError(
+            f"kv_cache_dtype: got {kv_cache_dtype!r}, allowed auto, {allowed} "
+            "(int16 is as exact as float16 and takes the place of 16-bit floats)"
+        )
+    return name
+
+
+def cache_block_bytes(config: ModelConfig, kv_cache_dtype: str, block_size: int) -> int:
     """Keys and values of `block_size` positions in all layers."""
-    element = 4 if _cache_format(dtype) == "float32" else 2
-    return 2 * config.num_layers * config.num_kv_heads * config.head_dim * block_size * element
-
-
-def _cache_format(dtype: str) -> str:
-    return "float32" if dtype == "float32" else "bfloat16"
+    return int(
+        _native.cache_block_bytes(
+            kv_cache_dtype, config.num_layers, config.num_kv_heads, config.head_dim, block_size
+        )
+    )
 
 
 def _check(name: str, value: int, low: int, high: int) -> int:

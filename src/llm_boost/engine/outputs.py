@@ -71,4 +71,5 @@ class RequestOutput:
     finished: bool
     metrics: RequestMetrics
     num_cached_tokens: int = 0  # of the prompt, those that were not computed: the prefix cache had them
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None  # of the first token None, as in vLLM
     error: str | None = field(default=None)  # why a completion has the finish reason "error"

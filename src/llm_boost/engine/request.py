@@ -23,6 +23,7 @@ class Completion:
     params: SamplingParams
     eos_token_ids: Collection[int]
     grammar: Grammar | None = None
+    num_logprobs: int | None = None  # what the sampler is asked to report of each token
     logprobs: list[dict[int, Logprob]] | None = None
     cumulative_logprob: float = 0.0
     finish_reason: FinishReason | None = None
@@ -31,9 +32,10 @@ class Completion:
     def append(self, token: int, logprobs: dict[int, Logprob] | None) -> None:
         """Adds a token, and finishes if it is the last one; GrammarError if its grammar cannot take it."""
         self.sequence.append(token)
-        if self.logprobs is not None and logprobs is not None:
-            self.logprobs.append(logprobs)
+        if logprobs is not None:
             self.cumulative_logprob += logprobs[token].logprob
+            if self.logprobs is not None:
+                self.logprobs.append(logprobs)
         stop: int | str | None = None
         if token in self.eos_token_ids:
             self.finish_reason = "stop"
@@ -62,7 +64,7 @@ class Completion:
             index=self.sequence.order[1],
             text=self.text.text,
             token_ids=self.sequence.tokens[self.sequence.num_prompt_tokens :].tolist(),
-            cumulative_logprob=None if self.logprobs is None else self.cumulative_logprob,
+            cumulative_logprob=None if self.num_logprobs is None else self.cumulative_logprob,
             logprobs=None if self.logprobs is None else list(self.logprobs),
             finish_reason=self.finish_reason,
             stop_reason=self.stop_reason,
@@ -82,6 +84,9 @@ class Request:
     metrics: RequestMetrics
     deadline: float | None = None  # on the monotonic clock
     completions: list[Completion] = field(default_factory=list)
+    num_best: int | None = None  # of the completions, how many come back; None: all
+    prompt_logprobs: list[dict[int, Logprob] | None] | None = None
+    prompt_fault: str | None = None  # why there are none
     error: str | None = None
 
     @property
@@ -101,9 +106,19 @@ class Request:
             request_id=self.request_id,
             prompt=self.prompt,
             prompt_token_ids=self.prompt_token_ids,
-            outputs=[completion.output() for completion in self.completions],
+            outputs=self._outputs(),
             finished=self.finished,
             metrics=self.metrics,
             num_cached_tokens=self.completions[0].sequence.num_cached or 0,
+            prompt_logprobs=self.prompt_logprobs,
             error=self.error,
         )
+
+    def _outputs(self) -> list[CompletionOutput]:
+        outputs = [completion.output() for completion in self.completions]
+        if self.num_best is None:
+            return outputs
+        best = sorted(outputs, key=lambda output: output.cumulative_logprob or 0.0, reverse=True)
+        for index, output in enumerate(best):
+            output.index = index
+        return best[: self.num_best]

@@ -11,9 +11,12 @@ from llm_boost.engine.policies import RANKS, PrefillFirst, SelectBatch
 from llm_boost.engine.scheduler_config import SchedulerConfig
 from llm_boost.engine.sequence import Sequence
 
+# Of a prompt in a step, where each gives logits: a row of them is as wide as the vocabulary, 600 KB.
+MAX_SCORED_TOKENS = 64
+
 
 class Chunk(NamedTuple):
-    """The next `num_tokens` uncomputed tokens of a sequence."""
+    """The next `num_tokens` uncomputed tokens of a sequence; after all of them come drafts."""
 
     sequence: Sequence
     num_tokens: int
@@ -21,7 +24,19 @@ class Chunk(NamedTuple):
     @property
     def is_last(self) -> bool:
         """Nothing stays uncomputed, so the logits of its last token give the sequence's next one."""
-        return self.num_tokens == self.sequence.num_uncomputed
+        return self.num_tokens >= self.sequence.num_uncomputed
+
+    @property
+    def num_drafts(self) -> int:
+        return max(0, self.num_tokens - self.sequence.num_uncomputed)
+
+    @property
+    def num_logits(self) -> int:
+        """How many of its last tokens give logits: drafts do, and the token before them."""
+        if self.sequence.is_scored:
+            return 1 + self.num_drafts if self.is_last else 0
+        end = self.sequence.num_computed + self.num_tokens
+        return max(0, end - max(self.sequence.num_computed, self.sequence.logits_from))
 
 
 class Scheduler:
@@ -77,15 +92,15 @@ class Scheduler:
         )
 
     def computed(self, chunks: list[Chunk]) -> None:
-        """The step that was scheduled has run."""
+        """The step that was scheduled has run; what drafts are right is not known yet."""
         for sequence, num_tokens in chunks:
-            sequence.num_computed += num_tokens
+            sequence.num_computed += min(num_tokens, sequence.num_uncomputed)
             self.blocks.publish(sequence, sequence.num_computed)
 
     def _decode(self) -> tuple[list[Chunk], int]:
-        """A token of each decoding sequence, and the budget that is left."""
-        chunks = [Chunk(sequence, 1) for sequence in self.running if sequence.is_decoding]
-        return chunks, self.config.max_num_batched_tokens - len(chunks)
+        """A token of each decoding sequence with its drafts, and the budget that is left."""
+        chunks = [Chunk(s, 1 + s.num_drafts) for s in self.running if s.is_decoding]
+        return chunks, self.config.max_num_batched_tokens - sum(chunk.num_tokens for chunk in chunks)
 
     def _prefill(self, prompts: list[Sequence], budget: int, short_of_blocks: bool) -> list[Chunk]:
         """Chunks of the prompts under way, then of those that are admitted."""
@@ -99,6 +114,8 @@ class Scheduler:
     def _take(self, sequence: Sequence, budget: int, chunks: list[Chunk]) -> int:
         """Adds the sequence's next chunk, and says how many tokens it has."""
         num_tokens = min(sequence.num_uncomputed, budget)
+        if not sequence.is_scored:
+            num_tokens = min(num_tokens, MAX_SCORED_TOKENS)
         if num_tokens > 0:
             chunks.append(Chunk(sequence, num_tokens))
         if num_tokens > 1:  # newcomers may read its blocks in this step already, see ModelRunner.run
@@ -124,6 +141,8 @@ class Scheduler:
         while served < len(self.running):
             if self.blocks.grow(self.running[served]):
                 served += 1
+            elif self.running[served].num_drafts:
+                self.running[served].num_drafts = 0
             else:
                 last = self.running[-1]
                 self._stop(last)

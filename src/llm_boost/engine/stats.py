@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from dataclasses import dataclass
 
+from llm_boost.engine.drafts import Speculator
 from llm_boost.engine.scheduler import Scheduler
 
 
@@ -25,6 +26,8 @@ class EngineStats:
     num_generated_tokens: int
     step_seconds: float  # of all steps together
     last_step_seconds: float
+    num_drafted_tokens: int = 0  # guessed ahead, by speculation
+    num_accepted_tokens: int = 0  # of these, those that were right
 
 
 @dataclass(slots=True)
@@ -45,7 +48,7 @@ class EngineCounters:
         self.step_seconds += seconds
         self.last_step_seconds = seconds
 
-    def stats(self, scheduler: Scheduler) -> EngineStats:
+    def stats(self, scheduler: Scheduler, speculator: Speculator | None = None) -> EngineStats:
         blocks = scheduler.blocks
         return EngineStats(
             num_running=len(scheduler.running),
@@ -62,4 +65,6 @@ class EngineCounters:
             num_generated_tokens=self.num_generated_tokens,
             step_seconds=self.step_seconds,
             last_step_seconds=self.last_step_seconds,
+            num_drafted_tokens=speculator.num_drafted_tokens if speculator else 0,
+            num_accepted_tokens=speculator.num_accepted_tokens if speculator else 0,
         )

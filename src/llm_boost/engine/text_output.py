@@ -16,6 +16,16 @@ class TextStream(Protocol):
     def finish(self) -> str: ...
 
 
+class NoText:
+    """A stream that gives none, for those who want token ids alone."""
+
+    def push(self, token_id: int) -> str:
+        return ""
+
+    def finish(self) -> str:
+        return ""
+
+
 class TextOutput:
     """`text` grows as tokens are pushed; `take_delta` gives what is new since it was last called."""
 

@@ -21,7 +21,6 @@ _NEUTRAL: dict[str, tuple[tuple[Any, ...], str]] = {
     "enable_lora": ((False,), "merge the adapter into the checkpoint"),
     "enforce_eager": ((True, False, None), ""),  # there are no graphs to capture, so both are the same
     "gpu_memory_utilization": ((0.9, 0.92), "set kv_cache_memory, in bytes"),
-    "kv_cache_dtype": (("auto",), "the KV cache has the engine's own type"),
     "load_format": (("auto",), "the format is found from the files"),
     "pipeline_parallel_size": ((1,), "the built-in engine runs in one process"),
     "quantization": ((None,), "set dtype to int8 or int4"),

@@ -7,9 +7,15 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 
+import numpy as np
+from numpy.typing import NDArray
+
 from llm_boost.models.config import ModelConfig
 from llm_boost.models.plan_builder import PlanWords
+from llm_boost.models.rope import RopeTable
 from llm_boost.models.weights import Matrix, Table, Vector, WeightSpec
+
+_CENTRED_POSITIONS = 1024
 
 
 def weights(config: ModelConfig) -> Iterator[WeightSpec]:
@@ -54,6 +60,8 @@ def build(b: PlanWords, config: ModelConfig) -> None:
     attended = b.buffer(q_size)
     inner = b.buffer(config.intermediate_size)
 
+    rope = RopeTable(config, config.max_model_len)
+
     b.embed("embed", out=x)
     for i in range(config.num_layers):
         layer = f"layers.{i}."
@@ -66,8 +74,18 @@ def build(b: PlanWords, config: ModelConfig) -> None:
             eps=eps,
             q_norm=layer + "q_norm",
             k_norm=layer + "k_norm",
+            k_centre=_key_centre(b, config, rope, layer),
         )
         b.linear(attended, layer + "o", out=x, epilogue="add")
         b.linear(b.rms_norm(x, layer + "mlp_norm", eps), layer + "gate_up", out=inner, epilogue="silu_mul")
         b.linear(inner, layer + "down", out=x, epilogue="add")
     b.logits(b.rms_norm(x, "norm", eps), "head")
+
+
+def _key_centre(b: PlanWords, config: ModelConfig, rope: RopeTable, layer: str) -> NDArray[np.float32] | None:
+    """Where the bias puts keys on average: Qwen2's is far larger than what tells keys apart."""
+    bias = b.vector(layer + "qk.bias")
+    if bias is None or config.qk_norm:
+        return None
+    keys = bias[config.num_heads * config.head_dim :].reshape(config.num_kv_heads, config.head_dim)
+    return rope.mean_rotation(keys, min(_CENTRED_POSITIONS, config.max_model_len))

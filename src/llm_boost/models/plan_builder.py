@@ -51,10 +51,21 @@ class PlanWords(Protocol):
     ) -> None: ...
 
     def attention(
-        self, qkv: Buffer, layer: int, out: Buffer, *, head_dim: int, eps: float, q_norm: str, k_norm: str
+        self,
+        qkv: Buffer,
+        layer: int,
+        out: Buffer,
+        *,
+        head_dim: int,
+        eps: float,
+        q_norm: str,
+        k_norm: str,
+        k_centre: NDArray[np.float32] | None = None,
     ) -> None: ...
 
     def logits(self, x: Normed, head: str) -> None: ...
+
+    def vector(self, name: str) -> NDArray[np.float32] | None: ...
 
 
 class PlanBuilder:
@@ -86,12 +97,26 @@ class PlanBuilder:
         self._plan.linear(source, norm, eps, parts, epilogue, out)
 
     def attention(
-        self, qkv: Buffer, layer: int, out: Buffer, *, head_dim: int, eps: float, q_norm: str, k_norm: str
+        self,
+        qkv: Buffer,
+        layer: int,
+        out: Buffer,
+        *,
+        head_dim: int,
+        eps: float,
+        q_norm: str,
+        k_norm: str,
+        k_centre: NDArray[np.float32] | None = None,
     ) -> None:
-        """Rotary embedding, the write of k and v into the paged cache, and attention, causal and grouped."""
+        """Rotary embedding, the write of k and v into the paged cache, and attention, causal and grouped.
+
+        k_centre [kv_heads, head_dim] is taken from every rotated key: it moves all scores of a query alike,
+        so the softmax does not see it, and a cache of integers holds what is left more exactly.
+        """
         scale = head_dim**-0.5
+        centre = None if k_centre is None else np.ascontiguousarray(k_centre).ravel()
         self._plan.attention(
-            qkv, layer, self._vector(q_norm), self._vector(k_norm), eps, head_dim, scale, out
+            qkv, layer, self.vector(q_norm), self.vector(k_norm), eps, head_dim, scale, out, centre
         )
 
     def logits(self, x: Normed, head: str) -> None:
@@ -102,16 +127,17 @@ class PlanBuilder:
 
     def _input(self, x: Buffer | Normed) -> tuple[Buffer, NDArray[np.float32] | None, float]:
         if isinstance(x, Normed):
-            return x.input, self._vector(x.weight), x.eps
+            return x.input, self.vector(x.weight), x.eps
         return x, None, 0.0
 
     def _part(self, name: str) -> tuple[Any, str, int, int, NDArray[np.float32] | None]:
-        w, bias = self._weights[name], self._vector(f"{name}.bias")
+        w, bias = self._weights[name], self.vector(f"{name}.bias")
         if bias is not None:
             bias = np.pad(bias, (0, -len(bias) % 16))
         return w.data, w.format, w.rows, w.cols, bias
 
-    def _vector(self, name: str) -> NDArray[np.float32] | None:
+    def vector(self, name: str) -> NDArray[np.float32] | None:
+        """The packed vector of that name, where there is one."""
         if name not in self._weights:
             return None
         return self._weights[name].data.view(np.float32)

@@ -185,6 +185,13 @@ class RopeTable:
         self._inv_freq = inverse_frequencies(config.rope, config.head_dim)
         self._cos = self._sin = np.empty((0, config.head_dim // 2), dtype=np.float32)
 
+    def mean_rotation(self, vectors: FloatArray, positions: int) -> FloatArray:
+        """The mean of `vectors` [n, head_dim], rotated to each of the first `positions`."""
+        every = np.arange(positions, dtype=np.int32)
+        cos, sin = (table.mean(0) for table in self.rows(every, np.zeros_like(every)))
+        a, b = np.split(vectors, 2, axis=-1)
+        return np.concatenate([a * cos - b * sin, b * cos + a * sin], axis=-1).astype(np.float32)
+
     def rows(self, positions: Int32Array, prompt_len: Int32Array) -> tuple[FloatArray, FloatArray]:
         """cos and sin, each [T, head_dim / 2] float32, of `positions` [T] in sequences of `prompt_len` [T].
 

@@ -100,7 +100,7 @@ class Calibrator:
         column = 0
         for name in weights:
             matrix = self._round(name, rounder)
-            bias = self._vector(f"{name}.bias")
+            bias = self.vector(f"{name}.bias")
             for rows, inputs in self._inputs(x):
                 product = inputs @ matrix.T
                 if bias is not None:
@@ -115,13 +115,22 @@ class Calibrator:
             column += len(matrix)
 
     def attention(
-        self, qkv: Buffer, layer: int, out: Buffer, *, head_dim: int, eps: float, q_norm: str, k_norm: str
+        self,
+        qkv: Buffer,
+        layer: int,
+        out: Buffer,
+        *,
+        head_dim: int,
+        eps: float,
+        q_norm: str,
+        k_norm: str,
+        k_centre: Floats | None = None,
     ) -> None:
-        """Rotary embedding, then attention within each sequence."""
+        """Rotary embedding, then attention within each sequence; k_centre changes no softmax in float32."""
         if self._done_before():
             return
         heads, kv_heads, length = self._config.num_heads, self._config.num_kv_heads, self._tokens.shape[1]
-        norms = self._vector(q_norm), self._vector(k_norm)
+        norms = self.vector(q_norm), self.vector(k_norm)
         for rows in (slice(i, i + length) for i in range(0, self._tokens.size, length)):
             by_head = self._buffers[qkv][rows].reshape(length, -1, head_dim).swapaxes(0, 1)
             q, k, v = np.split(by_head, [heads, heads + kv_heads])
@@ -156,7 +165,7 @@ class Calibrator:
     def _inputs(self, x: Buffer | Normed) -> Iterator[tuple[slice, Floats]]:
         """Inputs of a linear, some tokens at a time."""
         source = self._buffers[x.input if isinstance(x, Normed) else x]
-        norm = self._vector(x.weight) if isinstance(x, Normed) else None
+        norm = self.vector(x.weight) if isinstance(x, Normed) else None
         for rows in (slice(i, i + CHUNK_TOKENS) for i in range(0, len(source), CHUNK_TOKENS)):
             if norm is None or not isinstance(x, Normed):
                 yield rows, source[rows]
@@ -190,7 +199,8 @@ class Calibrator:
         self._events.packed(name, np.concatenate(parts))
         return np.concatenate(became) if keep else np.empty((0, 0), np.float32)
 
-    def _vector(self, name: str) -> Floats | None:
+    def vector(self, name: str) -> Floats | None:
+        """The vector of that name, where there is one."""
         spec = self._specs.get(name)
         return read_vector(self._checkpoint, spec) if isinstance(spec, Vector) else None
 

@@ -35,6 +35,7 @@ class Call:
     shape: Shape
     request: Request
     request_id: str
+    ask_id: str  # of its generation: unique, where a client may send one request_id many times
     body: Any = None  # the endpoint's model of it
     notes: dict[str, Any] = field(default_factory=dict)  # what its line in the log says besides
 
@@ -76,16 +77,19 @@ class EndpointApp:
 
     async def __call__(self, scope: Scope, receive: Receive, send: Send) -> None:
         request = Request(scope, receive)
-        request_id = _request_id(request)
-        call = Call(self._service, self._shape, request, request_id)
+        ask_id = uuid.uuid4().hex
+        request_id = _given_request_id(request) or ask_id
+        call = Call(self._service, self._shape, request, request_id, ask_id)
         sent = _Sent(send, request_id)
         start = time.monotonic()
+        name = f"{self._endpoint.method} {self._endpoint.path}"
         try:
-            response = await self._admitted(call)
-            if response is None:
-                await _unless_gone(receive, self._handle(call), scope, sent)
-            else:
-                await response(scope, receive, sent)
+            with self._service.tracing.request(name, request.headers, request_id):
+                response = await self._admitted(call)
+                if response is None:
+                    await _unless_gone(receive, self._handle(call), scope, sent)
+                else:
+                    await response(scope, receive, sent)
         finally:
             _log_request(call, sent.status, time.monotonic() - start)
 
@@ -157,10 +161,10 @@ async def _unless_gone(receive: Receive, handled: Awaitable[Response], scope: Sc
         group.cancel_scope.cancel()
 
 
-def _request_id(request: Request) -> str:
-    """The client's, if it is one that can stand in a log, else a new one."""
+def _given_request_id(request: Request) -> str | None:
+    """The client's, if it is one that can stand in a log."""
     given = request.headers.get("x-request-id", "")
-    return given if _REQUEST_ID.fullmatch(given) else uuid.uuid4().hex
+    return given if _REQUEST_ID.fullmatch(given) else None
 
 
 def _check_key(request: Request, keys: tuple[str, ...]) -> None:
@@ -185,6 +189,7 @@ def _check_site(request: Request, allowed: tuple[str, ...]) -> None:
 def _log_request(call: Call, status: int | None, seconds: float) -> None:
     fields: MutableMapping[str, Any] = {
         "request_id": call.request_id,
+        "ask_id": call.ask_id,
         "method": call.request.method,
         "path": call.request.url.path,
         "status": 499 if status is None else status,  # the client went away first

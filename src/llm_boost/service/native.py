@@ -50,7 +50,7 @@ def _ask(call: Call) -> Ask:
     if prompt is None:
         raise invalid("Not found inputs.", "inputs")
     given = body.parameters or QueueParameters()
-    return given.ask(prompt, stream=bool(body.stream), request_id=call.request_id)
+    return given.ask(prompt, stream=bool(body.stream), request_id=call.ask_id)
 
 
 async def _events(call: Call, ask: Ask) -> AsyncGenerator[bytes, None]:

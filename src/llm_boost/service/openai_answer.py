@@ -58,7 +58,7 @@ class Style(Protocol):
 
 def head(call: Call, prefix: str, object_: str, chunk_object: str) -> Head:
     model = call.body.model or call.service.config.name
-    return Head(f"{prefix}-{call.request_id}", object_, chunk_object, int(time.time()), model)
+    return Head(f"{prefix}-{call.ask_id}", object_, chunk_object, int(time.time()), model)
 
 
 def check_model(service: Service, name: str | None) -> None:
@@ -76,7 +76,7 @@ def ask(call: Call, prompt: Any, sampling: dict[str, Any], number: int = 0) -> A
         prompt,
         sampling,
         stream=bool(body.stream),
-        request_id=f"{call.request_id}-{number}" if number else call.request_id,
+        request_id=f"{call.ask_id}-{number}",
         priority=body.priority or 0,
         timeout=body.timeout,
     )

@@ -13,6 +13,7 @@ from llm_boost.service.endpoint import Call
 from llm_boost.service.faults import invalid
 from llm_boost.service.openai_answer import Head, answer, ask, check_model, finish_reason, head
 from llm_boost.service.openai_models import CompletionRequest
+from llm_boost.service.service import default_max_tokens
 
 
 async def completions(call: Call) -> Response:
@@ -22,7 +23,11 @@ async def completions(call: Call) -> Response:
         raise invalid("echo is not supported when stream is true.", "echo")
     prompts = _prompts(body)
     call.service.check_accepts(len(prompts))
-    sampling = {**body.sampling(), "max_tokens": body.max_tokens, "logprobs": body.logprobs}
+    sampling = {
+        **body.sampling(),
+        "max_tokens": body.max_tokens or default_max_tokens(call.service),
+        "logprobs": body.logprobs,
+    }
     asks = [ask(call, prompt, sampling, number) for number, prompt in enumerate(prompts)]
     return await answer(
         call, asks, _Completions(head(call, "cmpl", "text_completion", "text_completion"), body)

@@ -36,6 +36,7 @@ MaxTokens = Annotated[
     int, Field(ge=1, le=2**31 - 1), Says("Parameter max_tokens must be (0,2147483647], got {}")
 ]
 Count = Annotated[int, Field(ge=1, le=8192)]
+BestOf = Annotated[int, Field(ge=1, le=128), Says("Parameter [best_of] should be in [1, 128], got {}.")]
 StopString = Annotated[str, Field(min_length=1, max_length=1024)]
 StopStrings = StopString | Annotated[list[StopString], Field(max_length=64)]
 TokenId = Annotated[int, Field(ge=0, le=2**31 - 1)]
@@ -92,7 +93,9 @@ class SamplingBody(Body):
     stream: bool | None = None
     stream_options: StreamOptions | None = None
     priority: Priority | None = None
-    timeout: Annotated[float, Field(gt=0, le=65535)] | None = None
+    timeout: Annotated[float, Field(ge=1, le=65535)] | None = None
+    best_of: BestOf | None = None
+    use_beam_search: bool | None = None
     user: str | None = None
     response_format: ResponseFormat | None = None
     structured_outputs: Annotated[dict[str, Any], Field(max_length=16)] | None = None
@@ -112,6 +115,10 @@ class SamplingBody(Body):
 
     def sampling(self) -> dict[str, Any]:
         """In SamplingParams' names."""
+        if self.use_beam_search:
+            raise invalid("use_beam_search: beam search is not offered over HTTP.", "use_beam_search")
+        if self.best_of not in (None, self.n or 1):
+            raise invalid(f"best_of: got {self.best_of}, allowed: n ({self.n or 1})", "best_of")
         bias = self.logit_bias
         return {
             "temperature": self.temperature,

@@ -22,6 +22,7 @@ from llm_boost.service.http_protocol import LimitedHttpProtocol
 from llm_boost.service.logs import log, logging_to
 from llm_boost.service.service import Service
 from llm_boost.service.tls import tls_context
+from llm_boost.service.tracing import tracing_to
 from llm_boost.service.watchdog import Watchdog, end_process
 
 READY_LINE = "Daemon start success!"
@@ -119,9 +120,11 @@ async def _serve(
     on_ready: OnReady,
 ) -> int:
     service = Service(config)
+    service.tracing = tracing_to(config.otlp_endpoint)
     stop = _stop_on_signals(service)
     servers = [_server(service, *entry) for entry in bound]
     async with contextlib.AsyncExitStack() as stack:
+        stack.callback(service.tracing.close)
         for server in servers:
             await stack.enter_async_context(_running(server))
         backend = await _loaded(service, load)

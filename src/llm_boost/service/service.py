@@ -7,7 +7,7 @@ import contextlib
 import enum
 import time
 import uuid
-from collections.abc import AsyncGenerator, Awaitable, Callable, Mapping, Sequence
+from collections.abc import AsyncGenerator, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -23,7 +23,9 @@ from llm_boost.errors import EngineError, LLMBoostError, RequestError
 from llm_boost.service.admission import Admission
 from llm_boost.service.faults import Fault, invalid
 from llm_boost.service.idle_timeout import IdleTimeout
-from llm_boost.service.metrics import Metrics
+from llm_boost.service.logs import log
+from llm_boost.service.metrics import Metrics, Record
+from llm_boost.service.tracing import Tracing
 from llm_boost.suggest import did_you_mean
 
 
@@ -56,6 +58,7 @@ class Service:
         limits = config.limits
         self.admission = Admission(limits.max_running, limits.max_queued, limits.max_queued_tokens)
         self.metrics = Metrics(config.name)
+        self.tracing = Tracing()
         self.phase = Phase.LOADING
         self.failure: str | None = None
         self.load_progress = 0.0
@@ -128,7 +131,7 @@ class Service:
             given["structured_outputs"] = structured_outputs(given["structured_outputs"])
         own = self.backend.default_sampling_params()
         names = ("temperature", "top_p", "top_k", "min_p", "repetition_penalty")
-        defaults = {name: getattr(own, name) for name in names}
+        defaults = {"max_tokens": None, **{name: getattr(own, name) for name in names}}
         return SamplingParams(**{**defaults, **given})
 
     def _check_capabilities(self, given: Mapping[str, Any]) -> None:
@@ -149,7 +152,7 @@ class Service:
             params = self._bounded(self.sampling_params(ask.sampling))
             prompt = await self._tokens(ask)
         tokens = len(prompt["prompt_token_ids"])
-        with self.metrics.request(start, tokens) as record:
+        with self._followed(ask, prompt, start) as record:
             async with self._in_time(ask, start, self.admission.place(tokens)):
                 outputs = self.backend.generate(
                     prompt,
@@ -164,6 +167,21 @@ class Service:
                         record.output = output
                         if ask.stream or output.finished:
                             yield output
+
+    @contextlib.contextmanager
+    def _followed(self, ask: Ask, prompt: TokensPrompt, start: float) -> Iterator[Record]:
+        """Counts, traces and, if prompts may be logged, logs a request, however it ends."""
+        tokens = len(prompt["prompt_token_ids"])
+        with self.metrics.request(start, tokens) as record:
+            try:
+                yield record
+            finally:
+                output = record.output
+                self.tracing.generation(self.config.name, start, tokens, output)
+                if self.config.log.prompts:
+                    texts = [completion.text for completion in output.outputs] if output else []
+                    extra = {"request_id": ask.request_id, "prompt": prompt.get("prompt"), "texts": texts}
+                    log.info("generation", extra=extra)
 
     async def answer(self, ask: Ask) -> RequestOutput:
         """The last output of a request."""
@@ -291,6 +309,11 @@ def structured_outputs(given: Mapping[str, Any]) -> StructuredOutputsParams:
     return StructuredOutputsParams(**given)
 
 
+def default_max_tokens(service: Service) -> int | None:
+    """Of a completion that names none: OpenAI's 16, under a config.json its maxIterTimes."""
+    return None if service.config.mindie else 16
+
+
 @contextlib.contextmanager
 def _as_faults() -> Any:
     """What the engine and the tokenizer say, as what clients are told."""
@@ -310,6 +333,3 @@ def _as_faults() -> Any:
 
 def _timeout(whose: str) -> Fault:
     return Fault("failed", f"Engine callback timeout: {whose}")
-
-
-Handler = Callable[..., Awaitable[Any]]

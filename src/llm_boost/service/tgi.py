@@ -115,7 +115,7 @@ def _ask(call: Call, *, stream: bool) -> Ask:
     sampling["structured_outputs"] = None if given.grammar is None else given.grammar.structure()
     if strict and (stream or given.details or given.decoder_input_details or given.top_n_tokens):
         sampling["logprobs"] = given.top_n_tokens or 0
-    return Ask(body.inputs, sampling, stream=stream, request_id=call.request_id, keep_last=given.truncate)
+    return Ask(body.inputs, sampling, stream=stream, request_id=call.ask_id, keep_last=given.truncate)
 
 
 async def _whole(call: Call) -> dict[str, Any]:

@@ -94,7 +94,7 @@ class StopRequest(Body):
 async def generate(call: Call) -> Response:
     check_model(call)
     body: GenerateRequest = call.body
-    given, name = body.parameters or TritonParameters(), body.id or call.request_id
+    given, name = body.parameters or TritonParameters(), body.id or call.ask_id
     output = await call.service.answer(given.ask(body.text_input, stream=False, request_id=name))
     answer = {**_head(call, name), "text_output": output.outputs[0].text}
     if given.details:
@@ -109,7 +109,7 @@ async def generate_stream(call: Call) -> Response:
 
 async def _events(call: Call) -> AsyncGenerator[bytes, None]:
     body: GenerateRequest = call.body
-    given, name = body.parameters or TritonParameters(), body.id or call.request_id
+    given, name = body.parameters or TritonParameters(), body.id or call.ask_id
     follower, clock = Follower(), StepClock()
     try:
         ask = given.ask(body.text_input, stream=True, request_id=name)
@@ -171,7 +171,7 @@ async def infer(call: Call) -> Response:
     body: InferRequest = call.body
     tokens = _input_tokens(body)
     given = body.parameters or body.inputs[0].parameters or TritonParameters()
-    name = body.id or call.request_id
+    name = body.id or call.ask_id
     output = await call.service.answer(given.ask(tokens, stream=False, request_id=name))
     made = output.outputs[0].token_ids
     named = body.outputs[0].name if body.outputs else "output0"

@@ -16,7 +16,7 @@ from llm_boost.service.endpoint import Call
 from llm_boost.service.events import EventStream
 from llm_boost.service.faults import Fault
 from llm_boost.service.openai_models import SamplingBody
-from llm_boost.service.service import Ask
+from llm_boost.service.service import Ask, default_max_tokens
 
 
 class VllmRequest(SamplingBody):
@@ -36,9 +36,9 @@ async def generate_vllm(call: Call) -> Response:
         raise Fault("not_found", f"Model not found: got {body.model!r}", param="model")
     ask = Ask(
         body.prompt,
-        {**body.sampling(), "max_tokens": body.max_tokens or 16},
+        {**body.sampling(), "max_tokens": body.max_tokens or default_max_tokens(call.service)},
         stream=bool(body.stream),
-        request_id=call.request_id,
+        request_id=call.ask_id,
         priority=body.priority or 0,
         timeout=body.timeout,
     )

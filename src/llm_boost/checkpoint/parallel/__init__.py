@@ -1,0 +1,1 @@
+"""Checkpoints in ranks: strategies, their files, splitting, merging and both at once."""
