@@ -19,6 +19,7 @@ inline Format format_of(const std::string& name) {
       ("unknown format '" + name + "'; one of float32, bfloat16, int8, int6, int4").c_str());
 }
 
+void bind_calibrate(nanobind::module_& m);
 void bind_pack(nanobind::module_& m);
 void bind_probe(nanobind::module_& m);
 void bind_sampler(nanobind::module_& m);

@@ -176,6 +176,7 @@ NB_MODULE(_native, m) {
   m.attr("GROUP") = llmb::kGroup;
   m.attr("INT4_CODEBOOK") = std::vector<int>(std::begin(llmb::kInt4Codebook), std::end(llmb::kInt4Codebook));
   llmb::bind_plan(m);
+  llmb::bind_calibrate(m);
   llmb::bind_pack(m);
   llmb::bind_probe(m);
   llmb::bind_sampler(m);

@@ -11,13 +11,7 @@
 #include <thread>
 #include <vector>
 
-// The searches are compiled for each width of vector; without contraction (-ffp-contract=off) all give the
-// same bytes.
-#if defined(__x86_64__) && defined(__linux__) && !defined(__SANITIZE_THREAD__)
-#define LLMB_EVERY_WIDTH __attribute__((target_clones("avx512f", "avx2", "default")))
-#else
-#define LLMB_EVERY_WIDTH
-#endif
+#include "levels.h"
 
 namespace llmb {
 namespace {
@@ -25,9 +19,6 @@ namespace {
 // Every loop below runs over the 16 rows of a block at once, one row a vector lane: a tile is [columns][16
 // rows].
 constexpr int R = kBlockRows;
-
-// Groups smaller than this count as zero, so that no scale is ever denormal.
-constexpr float kTiny = 1e-30f;
 
 float from_bits(uint32_t bits) { return std::bit_cast<float>(bits); }
 
@@ -42,9 +33,6 @@ uint16_t to_bf16(float x) {  // nearest, ties to even; finite x
   const uint32_t bits = std::bit_cast<uint32_t>(x);
   return (bits + 0x7fff + (bits >> 16 & 1)) >> 16;
 }
-
-// The nearest integer, ties to even, for |x| < 2^22.
-float round_even(float x) { return (x + 12582912.0f) - 12582912.0f; }
 
 bool is_finite(float x) { return (std::bit_cast<uint32_t>(x) & 0x7f800000u) != 0x7f800000u; }
 
@@ -161,20 +149,6 @@ size_t store_bf16(const float* tile, size_t cols, uint8_t* out) {
   return bad;
 }
 
-// The codebook as signed values, and the midpoints between neighbours.
-struct Codebook {
-  float value[16], midpoint[15], gap[15];
-
-  constexpr Codebook() : value(), midpoint(), gap() {
-    for (int i = 0; i < 16; i++) value[i] = static_cast<float>(kInt4Codebook[i] - 128);
-    for (int i = 0; i < 15; i++) {
-      midpoint[i] = 0.5f * (value[i] + value[i + 1]);
-      gap[i] = value[i + 1] - value[i];
-    }
-  }
-};
-constexpr Codebook kCodebook;
-
 // The largest magnitude in each row of a group.
 void largest(const float* group, int cols, float* out) {
   for (int r = 0; r < R; r++) out[r] = 0;
@@ -186,28 +160,6 @@ void int8_scales(const float* group, float* scale) {
   largest(group, group_cols(Format::kInt8), scale);
   for (int r = 0; r < R; r++) scale[r] = scale[r] < kTiny ? 0 : scale[r] * (1 / 127.0f);
 }
-
-// What a weight in units of its scale is rounded to, for formats whose scale is searched for.
-struct Int4Levels {
-  static constexpr Format kFormat = Format::kInt4;
-  static constexpr float kGuesses[] = {0.68f,  0.774f, 0.868f,
-                                       0.962f, 1.056f, 1.15f};  // of the largest weight / end
-  static constexpr float kEnd = 127;
-
-  static float nearest(float t) {
-    float value = kCodebook.value[0];
-    for (int i = 0; i < 15; i++) value += t > kCodebook.midpoint[i] ? kCodebook.gap[i] : 0.0f;
-    return value;
-  }
-};
-
-struct Int6Levels {
-  static constexpr Format kFormat = Format::kInt6;
-  static constexpr float kGuesses[] = {0.94f, 1.0f, 1.06f};
-  static constexpr float kEnd = 128;
-
-  static float nearest(float t) { return 4 * std::clamp(round_even(0.25f * t), -32.0f, 31.0f); }
-};
 
 // For fixed levels c of the weights w the best scale is <w, c> / <c, c>, and what it explains of |w|^2 is
 // <w, c>^2 / <c, c>. Rounds each weight of a group to its nearest level under `guess`; where that explains

@@ -29,6 +29,7 @@ ARROWS: dict[str, set[str]] = {
     "backends": {"checkpoint", "config", "engine", "errors", "models", "suggest", "tokenization"},
     # of the engine its data alone: outputs, prompts, sampling parameters, stats
     "service": {"backends", "config", "engine", "errors", "llm_boost", "suggest"},
+    "quantize": {"_native", "checkpoint", "convert", "errors", "models", "tokenization"},
     "cli": {
         "_native",
         "backends",
@@ -42,6 +43,7 @@ ARROWS: dict[str, set[str]] = {
         "llm_boost",
         "models",
         "service",
+        "quantize",
         "suggest",
     },
 }

@@ -236,6 +236,7 @@ def test_a_wrong_yaml_file(refused, tmp_path, text, message):
     line = refused("--config_path", "c.yaml", "--model", LLAMA, "--save_file", "out.txt", "hi")
     assert line.startswith("c.yaml:")
     assert message in line
+    assert not (tmp_path / "out.txt").exists()
 
 
 def test_a_wrong_chat_template_of_a_yaml_file(refused, tmp_path):

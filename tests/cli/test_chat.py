@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import io
 import json
-import os
 import signal
 
 import pytest
@@ -154,7 +153,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, llm, monkeypatch):
         try:
             for count, output in enumerate(stream(self, asked, params)):
                 if count == 3 and len(llm.batches) == 1:
-                    os.kill(os.getpid(), signal.SIGINT)
+                    signal.raise_signal(signal.SIGINT)
                 yield output
         finally:
             closed.append(len(llm.batches))
@@ -172,7 +171,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, llm, monkeypatch):
 
 def test_ctrl_c_ends_a_pipe(chat, llm, monkeypatch):
     def interrupt(self, asked, params):
-        os.kill(os.getpid(), signal.SIGINT)
+        signal.raise_signal(signal.SIGINT)
         yield from ()
 
     monkeypatch.setattr(type(llm), "_stream", interrupt)

@@ -147,6 +147,19 @@ def test_split_resplit_merge(ok, tmp_path):
     for each in ("two", "four", "one"):
         equal(QWEN, tmp_path / each)
     assert "2 ranks as their manifests say" in ok("transform", "--verify", "two")
+    assert "every value is a finite number" in ok("inspect", "two", "--check")
+
+
+def test_inspect_compares_ranks_with_their_manifests(ok, run, tmp_path):
+    ok("transform", "--src_checkpoint", LLAMA, "--dst_checkpoint_dir", tmp_path / "two", "--ranks", 2)
+    damaged = tmp_path / "two/rank_1/checkpoint_1.safetensors"
+    damaged.chmod(0o600)
+    data = bytearray(damaged.read_bytes())
+    data[-9] ^= 1
+    damaged.write_bytes(data)
+    code, out, _ = run("inspect", tmp_path / "two", "--check")
+    assert code == 1
+    assert "is not what its manifest says (SHA-256 differs)" in out
 
 
 def test_processes_that_share_the_ranks(ok, tmp_path):

@@ -156,6 +156,16 @@ def test_the_request_id_comes_back(live: Live) -> None:
     assert live.get("/v1/models", headers={"x-request-id": "a b"}).headers["requestuuid"] != "a b"
 
 
+def test_best_of_comes_with_the_likeliest(client: openai.OpenAI, live: Live) -> None:
+    how = {"model": "qwen2", "prompt": PROMPT, "max_tokens": 6, "seed": 3, "temperature": 1.5}
+    every = client.completions.create(n=4, logprobs=0, **how)
+    best = max(every.choices, key=lambda choice: sum(choice.logprobs.token_logprobs))
+    assert client.completions.create(best_of=4, **how).choices[0].text == best.text
+    wrong = {"prompt": PROMPT, "best_of": 3, "stream": True}
+    assert "best_of" in live.post("/v1/completions", wrong).json()["error"]["message"]
+    assert live.post("/v1/completions", {"prompt": PROMPT, "n": 3, "best_of": 2}).status_code == 400
+
+
 def test_one_request_id_on_many_requests_at_a_time(live: Live) -> None:
     def ask(number: int) -> int:
         body = {"prompt": "hello", "max_tokens": 60, "ignore_eos": True}

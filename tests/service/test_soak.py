@@ -1,7 +1,7 @@
 """Hours in minutes: LLM_BOOST_SOAK=600 make test TESTS=tests/service/test_soak.py (LLM_BOOST_SOAK_MODEL).
 
 A thousand connections stay open, 256 streams run at a time, some of their clients leave early. Nothing may be
-lost, memory may not grow, and every block must come back.
+lost, every block must come back, and memory may not grow once the KV cache was filled: give it minutes.
 """
 
 from __future__ import annotations
@@ -93,4 +93,5 @@ def test_soak(packed: Path) -> None:
     assert done > STREAMS
     assert resource["freeNpuBlockNums"] == resource["totalNpuBlockNums"]
     assert resource["runningRequestNum"] == resource["waitingRequestNum"] == 0
-    assert max(sizes[5:]) < 1.05 * max(sizes[2:5]) + 2**24
+    # The KV cache becomes resident as it is used for the first time: memory is flat from then on.
+    assert max(sizes[8:]) < 1.02 * max(sizes[5:8]) + 2**24

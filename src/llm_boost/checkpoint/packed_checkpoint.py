@@ -1,4 +1,4 @@
-"""A folder of packed weights (`llm-boost convert --to packed`): a Checkpoint that is mapped as it is."""
+"""A folder of packed weights, from `convert` or `quantize`: a Checkpoint that is mapped as it is."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ class PackedCheckpoint:
         self.metadata: dict[str, Any] = {}
         self._file = SafetensorsFile(folder / WEIGHTS)
         if not {MANIFEST, TENSORS} <= set(self._file.metadata):
-            raise CheckpointError(f"{self._file.path}: holds no packed weights of llm-boost convert")
+            raise CheckpointError(f"{self._file.path}: holds no packed weights of llm-boost")
         where = f"{self._file.path}: header"
         self.manifest = parse_json_object(self._file.metadata[MANIFEST].encode(), where)
         table = parse_json_object(self._file.metadata[TENSORS].encode(), where)
@@ -48,14 +48,18 @@ class PackedCheckpoint:
         except (TypeError, ValueError):
             raise CheckpointError(f"{where}: its table of tensors is damaged") from None
 
-    def packed(self, planned: Sequence[PlannedEntry]) -> PackedModel:
+    def packed(self, planned: Sequence[PlannedEntry], layout: str) -> PackedModel:
         """The mapped weights, if they are laid out as this version of the engine plans them."""
         version = self.manifest.get("layout")
         entries = opened(self._file, planned)
-        if entries is None or self.manifest.get("entries") != json.loads(_metas(planned)):
+        if (
+            version != layout
+            or entries is None
+            or self.manifest.get("entries") != json.loads(_metas(planned))
+        ):
             raise CheckpointError(
                 f"{self._file.path}: packed by another version of llm-boost (layout {shown(version)}), "
-                "or for another config.json; convert the model again"
+                "or for another config.json; convert or quantise the model again"
             )
         return PackedModel(self._file.path, entries, built=False)
 

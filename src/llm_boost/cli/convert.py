@@ -132,7 +132,8 @@ def convert_command(
         },
     )
     hf_config = read_hf_config(config_path)
-    from llm_boost.convert.convert import Options, convert, convert_ranks, rank_folders
+    from llm_boost.checkpoint.parallel.split_weights import rank_folders
+    from llm_boost.convert.convert import Options, convert, convert_ranks
 
     with ProgressBar("converting") as bar:
         if is_lora:

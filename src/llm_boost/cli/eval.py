@@ -24,6 +24,7 @@ _EXAMPLES = """\b
 Examples:
   llm-boost eval --model DIR --file wiki.test.txt
   llm-boost eval --model DIR --file wiki.test.txt --dtype int8 --reference_dtype float32
+  llm-boost eval --model DIR-int4 --file wiki.test.txt --reference_model DIR --reference_dtype float32
   llm-boost eval --model DIR --file wiki.test.txt --context 2048 --stride 1024 --json
 """
 
@@ -33,6 +34,7 @@ Examples:
 @cache_options
 @click.option("--file", "text_file", required=True, metavar="TEXT", help="The text, in UTF-8.")
 @click.option("--reference_dtype", metavar="TYPE", help="Compare with the model at this dtype.")
+@click.option("--reference_model", metavar="MODEL", help="Compare with this model rather than the same.")
 @click.option(
     "--context",
     type=click.IntRange(min=1),
@@ -49,13 +51,14 @@ Examples:
 def eval_command(
     text_file: str,
     reference_dtype: str | None,
+    reference_model: str | None,
     context: int,
     stride: int | None,
     max_tokens: int | None,
     as_json: bool,
     **flags: Any,
 ) -> None:
-    """Perplexity of a text; with --reference_dtype also mean KL divergence and share of equal top tokens."""
+    """Perplexity of a text; with a reference also mean KL divergence and share of equal top tokens."""
     from llm_boost.config.run_config import check_dtype, resolve
     from llm_boost.evaluation import Protocol, evaluate
 
@@ -65,8 +68,10 @@ def eval_command(
     if reference_dtype is not None:
         reference_dtype = check_dtype("--reference_dtype", reference_dtype)
     llm = build_llm(resolved)
-    reference_flags = {**flags, "dtype": reference_dtype, "kv_cache_dtype": None}
-    reference = build_llm(resolve(reference_flags)) if reference_dtype else None
+    reference = None
+    if reference_dtype or reference_model:
+        other = {"model": reference_model} if reference_model else {}
+        reference = build_llm(resolve({**flags, **other, "dtype": reference_dtype, "kv_cache_dtype": None}))
     token_ids, bos = _tokens(llm.tokenizer, text)
     span = context - (bos is not None)
     protocol = Protocol(context=context, stride=span if stride is None else stride, bos=bos)

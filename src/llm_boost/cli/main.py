@@ -26,6 +26,7 @@ _VERBS = {  # verb: (module with a click command of the verb's name and suffix _
     ),
     "pull": ("llm_boost.cli.pull", "Fetch a model into the cache."),
     "convert": ("llm_boost.cli.convert", "A checkpoint in another format: Hugging Face, MindSpore, GGUF."),
+    "quantize": ("llm_boost.cli.quantize", "A model in int4 or int8, calibrated on a text."),
     "inspect": ("llm_boost.cli.inspect", "What a checkpoint is; whether two hold the same."),
     "strategy": ("llm_boost.cli.strategy", "How a model lies on N ranks, as MindSpore's strategy files."),
     "transform": ("llm_boost.cli.transform", "Split, merge or re-split a checkpoint among ranks."),

@@ -308,10 +308,13 @@ def _print(request: _Request, output: RequestOutput, index: int, stream: bool, a
 
 
 def _check_writable(path: Path) -> None:
-    """Before the model is loaded, rather than after its work."""
+    """Before the model is loaded, rather than after its work; a run that is refused leaves no file."""
+    is_new = not path.exists()
     try:
         with path.open("a"):
-            path.chmod(0o600) if path.is_file() else None
+            pass
+        if is_new:
+            path.unlink()
     except OSError as error:
         raise ConfigError(f"--save_file: cannot write {path}: {error.strerror}") from None
 
@@ -320,6 +323,7 @@ def _save(path: Path, texts: Sequence[str]) -> None:
     r"""One output a line: a backslash is written `\\`, a newline `\n`, a carriage return `\r`."""
     lines = (text.replace("\\", "\\\\").replace("\n", "\\n").replace("\r", "\\r") for text in texts)
     try:
+        path.touch(0o600)
         path.write_text("".join(f"{line}\n" for line in lines), "utf-8")
     except OSError as error:
         raise ConfigError(f"--save_file: cannot write {path}: {error.strerror}") from None

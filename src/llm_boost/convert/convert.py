@@ -9,7 +9,7 @@ from pathlib import Path
 from typing import Any
 
 from llm_boost.checkpoint.checkpoint import open_checkpoint
-from llm_boost.checkpoint.mindformers import RANK_FOLDER
+from llm_boost.checkpoint.parallel.split_weights import rank_folders
 from llm_boost.checkpoint.whole_file import Progress, check_free_space, disk_errors, whole_folder
 from llm_boost.convert import gguf, huggingface, mindspore, packed
 from llm_boost.convert.gguf_metadata import gguf_metadata
@@ -17,7 +17,7 @@ from llm_boost.convert.progress import Steps
 from llm_boost.convert.settings import settings_files
 from llm_boost.convert.source import MODEL_TYPES, Source, main_dtype, target_dtypes
 from llm_boost.convert.tensors import OutTensor, stored_dtype
-from llm_boost.errors import CheckpointError, ConfigError
+from llm_boost.errors import ConfigError
 from llm_boost.models.config import ModelConfig
 
 DTYPES = {
@@ -126,19 +126,6 @@ def convert_ranks(
             mindspore.write(temporary / name, tensors, {}, steps)
     count = sum(map(len, plans.values()))
     return Result(output, "mindspore-ckpt", _joined(kinds), count, total, time.monotonic() - start)
-
-
-def rank_folders(folder: Path) -> list[Path]:
-    """`rank_0`, `rank_1` and so on, none missing; [] for a folder without any."""
-    found = {
-        int(match[1]): entry
-        for entry in (folder.iterdir() if folder.is_dir() else ())
-        if (match := RANK_FOLDER.fullmatch(entry.name)) and entry.is_dir()
-    }
-    for number in range(len(found)):
-        if number not in found:
-            raise CheckpointError(f"{folder}: rank_{number} is missing; there are {len(found)} rank folders")
-    return [found[number] for number in sorted(found)]
 
 
 def default_layout(model_type: str) -> str:

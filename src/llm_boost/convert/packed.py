@@ -39,5 +39,5 @@ def write(
             if name != "lm_head.weight" or not source.model.tie_word_embeddings
         ]
         write_packed(temporary / WEIGHTS, key, entries, planned, kept, progress)
-        PackedCheckpoint(temporary).packed(planned)
+        PackedCheckpoint(temporary).packed(planned, LAYOUT_VERSION)
     return total

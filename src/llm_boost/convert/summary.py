@@ -17,6 +17,8 @@ from llm_boost.checkpoint.checkpoint import TensorInfo
 from llm_boost.checkpoint.gguf_quants import BLOCK_TYPES
 from llm_boost.checkpoint.mindspore_ckpt import MindSporeFile
 from llm_boost.checkpoint.packed_checkpoint import PackedCheckpoint
+from llm_boost.checkpoint.parallel.manifest import NAME
+from llm_boost.checkpoint.parallel.split_weights import rank_folders, verify_ranks
 from llm_boost.checkpoint.whole_file import Progress
 from llm_boost.convert.contents import BareWeights, Contents
 from llm_boost.convert.source import format_of
@@ -77,7 +79,7 @@ def tensor_rows(contents: Contents) -> list[dict[str, Any]]:
 def check_values(contents: Contents, progress: Progress | None = None) -> list[str]:
     """Reads everything: what is wrong with the values, a line each; [] for nothing.
 
-    NaN and infinities by tensor, and the checksum of a .ckpt that has one.
+    NaN and infinities by tensor, the checksum of a .ckpt that has one, and every rank beside its manifest.
     """
     if isinstance(contents, PackedCheckpoint):
         return []
@@ -97,7 +99,19 @@ def check_values(contents: Contents, progress: Progress | None = None) -> list[s
         path = contents.path if contents.path.is_file() else contents.path / file
         if path.suffix == ".ckpt" and MindSporeFile(path).crc_holds() is False:
             problems.append(f"{path.name}: its bytes do not have the checksum that stands at its end")
-    return problems
+    return problems + _ranks_beside_manifests(contents.path)
+
+
+def _ranks_beside_manifests(path: Path) -> list[str]:
+    """What `transform` has split has a manifest in every rank's folder; what other tools split has none."""
+    folders = rank_folders(path)
+    if not folders or not all((folder / NAME).is_file() for folder in folders):
+        return []
+    try:
+        verify_ranks(path)
+    except CheckpointError as error:
+        return [str(error)]
+    return []
 
 
 def check_manifest(contents: Contents, manifest: Path, progress: Progress | None = None) -> list[str]:

@@ -125,7 +125,7 @@ class NativeRunner:
             return pack_entries(checkpoint, specs, dtype, threads)
 
         if isinstance(checkpoint, PackedCheckpoint):
-            packed = checkpoint.packed(planned)
+            packed = checkpoint.packed(planned, LAYOUT_VERSION)
         else:
             packed = PackedStore(cache_dir).open_or_build(key, entries, planned, progress)
         return cls(

@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 from llm_boost.models.config import ModelConfig
-from llm_boost.models.plan_builder import PlanBuilder
+from llm_boost.models.plan_builder import PlanWords
 from llm_boost.models.rope import RopeTable
 from llm_boost.models.weights import Matrix, Table, Vector, WeightSpec
 
@@ -51,7 +51,7 @@ def weights(config: ModelConfig) -> Iterator[WeightSpec]:
         yield Matrix("head", ("lm_head.weight",))
 
 
-def build(b: PlanBuilder, config: ModelConfig) -> None:
+def build(b: PlanWords, config: ModelConfig) -> None:
     """A step: tokens [T] -> logits [R, vocab]."""
     q_size, kv_size = config.num_heads * config.head_dim, config.num_kv_heads * config.head_dim
     eps = config.rms_norm_eps
@@ -82,9 +82,7 @@ def build(b: PlanBuilder, config: ModelConfig) -> None:
     b.logits(b.rms_norm(x, "norm", eps), "head")
 
 
-def _key_centre(
-    b: PlanBuilder, config: ModelConfig, rope: RopeTable, layer: str
-) -> NDArray[np.float32] | None:
+def _key_centre(b: PlanWords, config: ModelConfig, rope: RopeTable, layer: str) -> NDArray[np.float32] | None:
     """Where the bias puts keys on average: Qwen2's is far larger than what tells keys apart."""
     bias = b.vector(layer + "qk.bias")
     if bias is None or config.qk_norm:

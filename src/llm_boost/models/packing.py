@@ -51,7 +51,7 @@ def _planned(checkpoint: Checkpoint, spec: WeightSpec, dtype: str) -> PlannedEnt
     else:
         rows = sum(_padded_rows(checkpoint, part, spec) for part in spec.parts)
         cols = checkpoint.tensors[spec.parts[0]].shape[1]
-        fmt = _matrix_format(spec, dtype)
+        fmt = matrix_format(spec, dtype)
         nbytes = _native.packed_bytes(fmt, rows, cols)
     return PlannedEntry(spec.name, nbytes, {"format": fmt, "rows": rows, "cols": cols})
 
@@ -60,7 +60,7 @@ def _table_format(dtype: str) -> str:
     return "float32" if dtype == "float32" else "bfloat16"
 
 
-def _matrix_format(spec: Matrix, dtype: str) -> str:
+def matrix_format(spec: Matrix, dtype: str) -> str:
     return spec.int4_as if dtype == "int4" else dtype
 
 
@@ -76,7 +76,7 @@ def _pack(checkpoint: Checkpoint, spec: WeightSpec, fmt: str, threads: int) -> N
         table = checkpoint.read(spec.part).astype(dtype, copy=False)
         return np.ascontiguousarray(table).view(np.uint8).reshape(-1)
     if isinstance(spec, Vector):
-        return _vector(checkpoint, spec).view(np.uint8)
+        return read_vector(checkpoint, spec).view(np.uint8)
     parts = [np.ascontiguousarray(checkpoint.read(part)) for part in spec.parts]
     try:
         packed: NDArray[np.uint8] = _native.pack_matrix(
@@ -87,7 +87,7 @@ def _pack(checkpoint: Checkpoint, spec: WeightSpec, fmt: str, threads: int) -> N
     return packed
 
 
-def _vector(checkpoint: Checkpoint, spec: Vector) -> NDArray[np.float32]:
+def read_vector(checkpoint: Checkpoint, spec: Vector) -> NDArray[np.float32]:
     """The parts one after the other, or block by block in turn, as the rows of their matrix are."""
     parts = [checkpoint.read(part).astype(np.float32) for part in spec.parts]
     for name, part in zip(spec.parts, parts, strict=True):

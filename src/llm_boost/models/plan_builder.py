@@ -9,6 +9,7 @@ import numpy as np
 from numpy.typing import NDArray
 
 Buffer = NewType("Buffer", int)  # max_tokens rows of floats
+Epilogue = Literal["store", "add", "silu_mul"]
 
 
 @dataclass(frozen=True)
@@ -36,7 +37,40 @@ class Normed:
     eps: float
 
 
+class PlanWords(Protocol):
+    """What an architecture's `build` may say; PlanBuilder tells what each word means."""
+
+    def buffer(self, width: int) -> Buffer: ...
+
+    def embed(self, table: str, out: Buffer) -> None: ...
+
+    def rms_norm(self, x: Buffer, weight: str, eps: float) -> Normed: ...
+
+    def linear(
+        self, x: Buffer | Normed, *weights: str, out: Buffer, epilogue: Epilogue = "store"
+    ) -> None: ...
+
+    def attention(
+        self,
+        qkv: Buffer,
+        layer: int,
+        out: Buffer,
+        *,
+        head_dim: int,
+        eps: float,
+        q_norm: str,
+        k_norm: str,
+        k_centre: NDArray[np.float32] | None = None,
+    ) -> None: ...
+
+    def logits(self, x: Normed, head: str) -> None: ...
+
+    def vector(self, name: str) -> NDArray[np.float32] | None: ...
+
+
 class PlanBuilder:
+    """The words that write a plan."""
+
     def __init__(self, plan: Any, weights: PackedWeights) -> None:
         self._plan = plan
         self._weights = weights
@@ -53,13 +87,7 @@ class PlanBuilder:
     def rms_norm(self, x: Buffer, weight: str, eps: float) -> Normed:
         return Normed(x, weight, eps)
 
-    def linear(
-        self,
-        x: Buffer | Normed,
-        *weights: str,
-        out: Buffer,
-        epilogue: Literal["store", "add", "silu_mul"] = "store",
-    ) -> None:
+    def linear(self, x: Buffer | Normed, *weights: str, out: Buffer, epilogue: Epilogue = "store") -> None:
         """out (=, +=, or silu(gate) * up =) x @ weight.T + bias, where there is a `weight`.bias.
 
         Several weights stand side by side in the columns of `out`.

@@ -117,8 +117,8 @@ class SamplingBody(Body):
         """In SamplingParams' names."""
         if self.use_beam_search:
             raise invalid("use_beam_search: beam search is not offered over HTTP.", "use_beam_search")
-        if self.best_of not in (None, self.n or 1):
-            raise invalid(f"best_of: got {self.best_of}, allowed: n ({self.n or 1})", "best_of")
+        if self.stream and self.best_of not in (None, self.n or 1):
+            raise invalid(f"best_of: got {self.best_of}, allowed in a stream: n ({self.n or 1})", "best_of")
         bias = self.logit_bias
         return {
             "temperature": self.temperature,
@@ -126,6 +126,7 @@ class SamplingBody(Body):
             "top_k": self.top_k,
             "min_p": self.min_p,
             "n": self.n,
+            "best_of": None if self.best_of == (self.n or 1) else self.best_of,
             "stop": self.stop,
             "stop_token_ids": self.stop_token_ids,
             "presence_penalty": self.presence_penalty,

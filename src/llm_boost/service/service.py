@@ -118,7 +118,7 @@ class Service:
 
     def sampling_params(self, given: Mapping[str, Any]) -> SamplingParams:
         """The model's own defaults, and over them what a request gives; or a RequestError."""
-        most, n = self.config.limits.max_n, given.get("n") or 1
+        most, n = self.config.limits.max_n, max(given.get("n") or 1, given.get("best_of") or 1)
         if n > most:
             raise invalid(
                 f"The n parameter ({n}) exceeds 'maxN' ({most}). Please reduce n or increase 'maxN' in "

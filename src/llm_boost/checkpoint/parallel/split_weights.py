@@ -174,9 +174,9 @@ def is_split(path: Path) -> bool:
 
 
 def rank_folders(path: Path) -> list[Path]:
-    """The folders rank_0, rank_1 and so on of a split checkpoint; all of them must be there, once."""
+    """The folders rank_0, rank_1 and so on of a split checkpoint, all of them, once; [] if none."""
     folders: dict[int, Path] = {}
-    for entry in sorted(path.iterdir()):
+    for entry in sorted(path.iterdir()) if path.is_dir() else ():
         match = RANK_FOLDER.fullmatch(entry.name)
         if match and entry.is_dir():
             rank = int(match[1])
