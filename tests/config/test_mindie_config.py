@@ -87,13 +87,24 @@ def test_the_variable_and_the_flags(rc3: Path) -> None:
 
 def test_what_has_no_effect_is_listed_once(rc3: Path) -> None:
     plugins = MODEL + "plugin_params"
-    config = read_mindie_config(rc3, {"ServerConfig.brandNew": 1, plugins: '{"plugin_type":"la"}'})
+    config = read_mindie_config(rc3, {"ServerConfig.brandNew": 1, plugins: '{"plugin_type":"mtp"}'})
     listed = config.without_effect
     assert len(listed) == len(set(listed))
     for key in ("ServerConfig.kmcKsfMaster", "ServerConfig.brandNew", MODEL + "worldSize", plugins):
         assert key in listed
     for key in ("ServerConfig.port", SCHEDULE + "maxBatchSize", "LogConfig.logLevel", "ServerConfig.tlsCrl"):
         assert key not in listed
+
+
+def test_plugins_that_guess_tokens_reach_the_engine(rc3: Path) -> None:
+    for params in ('{"plugin_type":"la","level":6}', '{"plugin_type":"memory_decoding"}'):
+        config = service_config({"config": str(rc3), "set": {MODEL + "plugin_params": params}}, {})
+        assert config.engine_options["plugin_params"] == params
+        assert MODEL + "plugin_params" not in config.mindie.without_effect
+    unknown = service_config(
+        {"config": str(rc3), "set": {MODEL + "plugin_params": '{"plugin_type":"mtp"}'}}, {}
+    )
+    assert "plugin_params" not in unknown.engine_options
 
 
 def test_keys_of_later_versions(rc3: Path) -> None:

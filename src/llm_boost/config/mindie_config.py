@@ -401,11 +401,16 @@ def _without_effect(section: Section, prefix: str = "") -> Iterator[str]:
 def _without_effect_as_set(root: MindieFile) -> Iterator[str]:
     """Keys of which some values do something here, and those that were given do not."""
     entry = root.BackendConfig.ModelDeployConfig.ModelConfig[0]
-    plugins = (_json(entry.plugin_params) or {}).get("plugin_type", "prefix_cache")
-    if set(str(plugins).split(",")) - {"prefix_cache", "splitfuse"}:
+    if not known_plugins(entry.plugin_params):
         yield "BackendConfig.ModelDeployConfig.ModelConfig[0].plugin_params"
     if root.BackendConfig.ScheduleConfig.stageSelectPolicy == 2:
         yield "BackendConfig.ScheduleConfig.stageSelectPolicy"
+
+
+def known_plugins(plugin_params: str) -> bool:
+    """Whether the engine has all plugins that are named; mtp, for one, needs a model with such a head."""
+    named = str((_json(plugin_params) or {}).get("plugin_type", "prefix_cache")).split(",")
+    return {name.strip() for name in named} <= {"prefix_cache", "splitfuse", "la", "memory_decoding"}
 
 
 def _check_together(config: MindieConfig) -> None:

@@ -257,6 +257,8 @@ def _from_mindie(config: MindieConfig, environ: Mapping[str, str]) -> ServiceCon
 
 
 def _engine_options(config: MindieConfig) -> dict[str, Any]:
+    from llm_boost.config.mindie_config import known_plugins
+
     schedule = config.schedule
     options: dict[str, Any] = {
         "max_model_len_at_most": config.deploy.maxSeqLen,
@@ -276,6 +278,8 @@ def _engine_options(config: MindieConfig) -> dict[str, Any]:
         "prefill_policy_type": schedule.prefillPolicyType,
         "decode_policy_type": schedule.decodePolicyType,
     }
+    if known_plugins(config.model.plugin_params):
+        options["plugin_params"] = config.model.plugin_params
     if config.model.npuMemSize > 0:
         options["kv_cache_memory_at_most"] = config.model.npuMemSize << 30
     return options
