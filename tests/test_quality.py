@@ -32,6 +32,10 @@ class Gate:
     dtype: str
     mean_kl: float
     perplexity_ratio: float
+    kv_cache_dtype: str = "auto"
+
+    def __str__(self) -> str:
+        return self.dtype if self.kv_cache_dtype == "auto" else f"{self.dtype}, cache {self.kv_cache_dtype}"
 
 
 GATES = [
@@ -39,6 +43,8 @@ GATES = [
     Gate("bfloat16", mean_kl=0.00022, perplexity_ratio=1.005),
     Gate("int8", mean_kl=0.0038, perplexity_ratio=1.015),
     Gate("int4", mean_kl=0.21, perplexity_ratio=1.08),
+    Gate("bfloat16", mean_kl=0.00053, perplexity_ratio=1.005, kv_cache_dtype="int8"),
+    Gate("int8", mean_kl=0.0042, perplexity_ratio=1.015, kv_cache_dtype="int8"),
 ]
 FEW_TOKENS_SLACK = 1.4  # so few tokens say less of the mean
 
@@ -63,8 +69,9 @@ class Recorded:
         return self._logits[key]
 
 
-def load(dtype: str) -> LLM:
-    return LLM(os.environ["LLM_BOOST_QUALITY_MODEL"], dtype=dtype, max_model_len=512, max_num_seqs=1)
+def load(dtype: str, kv_cache_dtype: str = "auto") -> LLM:
+    model = os.environ["LLM_BOOST_QUALITY_MODEL"]
+    return LLM(model, dtype=dtype, kv_cache_dtype=kv_cache_dtype, max_model_len=512, max_num_seqs=1)
 
 
 @cache
@@ -74,24 +81,24 @@ def reference() -> tuple[Recorded, list[int]]:
 
 
 @pytest.fixture
-def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, str], Quality]:
-    def measure(isa: str, dtype: str) -> Quality:
+def measure(monkeypatch: pytest.MonkeyPatch) -> Callable[[str, Gate], Quality]:
+    def measure(isa: str, gate: Gate) -> Quality:
         monkeypatch.delenv("LLM_BOOST_ISA", raising=False)
         recorded, ids = reference()
         monkeypatch.setenv("LLM_BOOST_ISA", isa)
-        llm, count = load(dtype), TOKENS.get(isa, MANY_TOKENS)
-        assert (llm.isa, llm.dtype) == (isa, dtype)
+        llm, count = load(gate.dtype, gate.kv_cache_dtype), TOKENS.get(isa, MANY_TOKENS)
+        assert (llm.isa, llm.dtype) == (isa, gate.dtype)
         quality = evaluate(llm.engine.runner, ids[:count], Protocol(count, count), recorded)
-        print(f"{isa} {dtype}: {quality}")
+        print(f"{isa} {gate}: {quality}")
         return quality
 
     return measure
 
 
-@pytest.mark.parametrize("gate", GATES, ids=lambda gate: gate.dtype)
+@pytest.mark.parametrize("gate", GATES, ids=str)
 @pytest.mark.parametrize("isa", _native.available_isas())
-def test_what_a_dtype_costs(measure: Callable[[str, str], Quality], isa: str, gate: Gate) -> None:
-    quality = measure(isa, gate.dtype)
+def test_what_a_dtype_costs(measure: Callable[[str, Gate], Quality], isa: str, gate: Gate) -> None:
+    quality = measure(isa, gate)
     assert quality.scored_tokens == TOKENS.get(isa, MANY_TOKENS) - 1
     assert quality.mean_kl is not None
     assert quality.reference_perplexity is not None
