@@ -33,7 +33,6 @@ WORKERS = Path(__file__).parent / "workers"
 WINDOW = 512  # tokens that quality is measured on at a time
 PAUSE_SECONDS = 0.3  # between engines: threads that spin after their work have gone to sleep
 CALM = 0.05  # of the processors' time that others may take while an engine is measured
-CALM_SECONDS = 20  # to wait for such a moment
 ATTEMPTS = 3  # the calmest of them counts
 
 
@@ -104,11 +103,11 @@ def process_seconds(process: int) -> float:
     return (int(fields[11]) + int(fields[12])) / os.sysconf("SC_CLK_TCK")
 
 
-def undisturbed(worker: Worker, request: dict[str, Any]) -> dict[str, float]:
+def undisturbed(worker: Worker, request: dict[str, Any], patience: float) -> dict[str, float]:
     """The answer, with the share of the processors' time that others took meanwhile; tried again if large."""
     answers = []
-    for _ in range(ATTEMPTS):
-        wait_for_calm()
+    for _ in range(ATTEMPTS if patience else 1):
+        wait_for_calm(patience)
         start, all_before, own_before = time.time(), processor_seconds(), process_seconds(worker.process.pid)
         row = worker.ask(**request)
         seconds = (time.time() - start) * (os.cpu_count() or 1)
@@ -120,9 +119,9 @@ def undisturbed(worker: Worker, request: dict[str, Any]) -> dict[str, float]:
     return min(answers, key=lambda row: row["others"])
 
 
-def wait_for_calm() -> None:
-    """Until other processes have left the machine alone for a moment, or CALM_SECONDS are over."""
-    end = time.time() + CALM_SECONDS
+def wait_for_calm(patience: float) -> None:
+    """Until other processes have left the machine alone for a moment, or so many seconds are over."""
+    end = time.time() + patience
     while time.time() < end:
         before = processor_seconds()
         time.sleep(PAUSE_SECONDS)
@@ -140,9 +139,10 @@ def measure_speed(workers: list[Worker], options: argparse.Namespace) -> None:
         measured = options.repeat if number == 0 else (options.repeat + 1) // 2
         for repetition in range(measured + 1 if number == 0 else measured):
             for worker in workers:
-                row = undisturbed(worker, request) if repetition or number else worker.ask(**request)
+                is_warm_up = not repetition and not number
+                row = worker.ask(**request) if is_warm_up else undisturbed(worker, request, options.patience)
                 print(f"{worker.label}: {row}", file=sys.stderr)
-                if repetition or number:
+                if not is_warm_up:
                     worker.rows.append(row)
 
 
@@ -232,6 +232,7 @@ def main() -> None:
     parser.add_argument("--threads", type=int, default=2)
     parser.add_argument("--vocabulary", type=int, default=40000, help="random prompts have ids below")
     parser.add_argument("--repeat", type=int, default=5, help="0: quality alone")
+    parser.add_argument("--patience", type=float, default=20, help="seconds to wait for a calm machine")
     parser.add_argument("--text", type=Path, nargs="+", default=[], help="measure quality on these")
     parser.add_argument("--text_tokens", type=int, default=1024, help="of each text (default: 1024)")
     parser.add_argument("--wait", action="store_true", help="load, then wait for a line on standard input")

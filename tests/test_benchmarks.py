@@ -44,6 +44,8 @@ def compared(tmp_path_factory: pytest.TempPathFactory) -> dict[str, Any]:
         "2",
         "--repeat",
         "2",
+        "--patience",
+        "0",
         "--threads",
         "1",
         "--vocabulary",
