@@ -112,7 +112,7 @@ def undisturbed(worker: Worker, request: dict[str, Any], patience: float) -> dic
         row = worker.ask(**request)
         seconds = (time.time() - start) * (os.cpu_count() or 1)
         others = processor_seconds() - all_before - (process_seconds(worker.process.pid) - own_before)
-        row["others"] = max(others, 0.0) / seconds
+        row["others"] = min(max(others / seconds, 0.0), 1.0)  # clock ticks are coarse
         answers.append(row)
         if row["others"] <= CALM:
             break
