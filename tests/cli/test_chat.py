@@ -145,6 +145,15 @@ def test_when_the_context_is_full_the_oldest_exchanges_are_left_out(chat, llm):
         assert len(json.load(file)["messages"]) == 1 + 2 * 6
 
 
+@pytest.fixture
+def ctrl_c():
+    """Ctrl-C counts, though the tests may run in a background shell, which ignores it."""
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    yield
+    signal.signal(signal.SIGINT, before)
+
+
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_stops_the_answer_and_not_the_program(chat, llm, monkeypatch):
     stream = type(llm)._stream
     closed = []
@@ -169,6 +178,7 @@ def test_ctrl_c_stops_the_answer_and_not_the_program(chat, llm, monkeypatch):
     assert signal.getsignal(signal.SIGINT) is before
 
 
+@pytest.mark.usefixtures("ctrl_c")
 def test_ctrl_c_ends_a_pipe(chat, llm, monkeypatch):
     def interrupt(self, asked, params):
         signal.raise_signal(signal.SIGINT)
