@@ -267,9 +267,11 @@ static inline VI shift_left23(VI a) { return a << 23; }
 static inline VF as_float(VI a) { return reinterpret_cast<VF>(a); }
 static inline VI as_int(VF a) { return reinterpret_cast<VI>(a); }
 static inline VF to_float(VI a) { return __builtin_convertvector(a, VF); }
-static inline VI round_to_int(VF a) {  // nearest even, through the addition of 1.5 * 2^23: |a| < 2^22
+// Nearest even, through the addition of 1.5 * 2^23: |a| < 2^22. Beyond it, and for NaN, any integer.
+static inline VI round_to_int(VF a) {
+  typedef uint32_t Wrapping __attribute__((vector_size(16)));
   const VF magic = set1(12582912.0f);
-  return reinterpret_cast<VI>(a + magic) - reinterpret_cast<VI>(magic);
+  return reinterpret_cast<VI>(reinterpret_cast<Wrapping>(a + magic) - reinterpret_cast<Wrapping>(magic));
 }
 static inline int32_t reduce_iadd(VI a) { return a[0] + a[1] + a[2] + a[3]; }
 static inline VI load_bytes(const uint8_t* p) {
